@@ -1,0 +1,100 @@
+"""Noise levels: schedules u -> lambda, the grids a sampler walks, and what a network is told of
+lambda.
+
+In training u ~ U[0, 1], so a schedule is also a distribution p(lambda). In sampling the grid's
+values are data: a sampler takes any increasing array.
+"""
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+
+from cfg_jax.types import Array, Schedule, UsageError
+
+
+def _check_range(lambda_min: float, lambda_max: float) -> None:
+    if not (math.isfinite(lambda_min) and math.isfinite(lambda_max) and lambda_min < lambda_max):
+        raise UsageError(
+            f"lambda_min={lambda_min} and lambda_max={lambda_max}: both must be finite, and "
+            "lambda_min below lambda_max; the paper has -20 and 20."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Cosine:
+    """lam = -2 log tan(a u + b), section 2 of the paper: p(lam) is a truncated hyperbolic secant.
+
+    b = arctan(e^(-lambda_max / 2)), a = arctan(e^(-lambda_min / 2)) - b; this is the cosine
+    schedule of Nichol & Dhariwal (2021) in continuous time. u of any shape in [0, 1]. Raises
+    UsageError unless lambda_min < lambda_max.
+    """
+
+    lambda_min: float = -20.0
+    lambda_max: float = 20.0
+
+    def __post_init__(self):
+        _check_range(self.lambda_min, self.lambda_max)
+
+    def __call__(self, u: Array) -> Array:
+        b = math.atan(math.exp(-0.5 * self.lambda_max))
+        c = math.atan(math.exp(0.5 * self.lambda_min))  # pi/2 - (a + b), without the cancellation
+        a = 0.5 * math.pi - b - c
+        u = jnp.asarray(u)
+        # Beyond pi/4 the tangent of a float32 angle loses its digits: there, tan(y) = 1 / tan(pi/2
+        # - y).
+        low, high = a * u + b, a * (1 - u) + c
+        lam = jnp.where(low < high, -2 * jnp.log(jnp.tan(low)), 2 * jnp.log(jnp.tan(high)))
+        return jnp.clip(lam, self.lambda_min, self.lambda_max)
+
+
+@dataclasses.dataclass(frozen=True)
+class Uniform:
+    """lam uniform on [lambda_min, lambda_max]: eq. (5) is then the variational bound up to a
+    factor.
+
+    u of any shape in [0, 1]. Raises UsageError unless lambda_min < lambda_max.
+    """
+
+    lambda_min: float = -20.0
+    lambda_max: float = 20.0
+
+    def __post_init__(self):
+        _check_range(self.lambda_min, self.lambda_max)
+
+    def __call__(self, u: Array) -> Array:
+        return self.lambda_max + jnp.asarray(u) * (self.lambda_min - self.lambda_max)
+
+
+def uniform_u(schedule: Schedule, steps: int) -> Array:
+    """The paper's grid [T]: u uniform from 1 down to 0, both ends included; increasing in lambda.
+
+    T = 1 is the noisiest level alone. Raises UsageError for fewer than one step.
+    """
+    if steps < 1:
+        raise UsageError(f"steps={steps}: a chain has at least one step.")
+    return schedule(1 - jnp.arange(steps) / max(steps - 1, 1))
+
+
+def uniform_lambda(schedule: Schedule, steps: int) -> Array:
+    """A grid [T] uniform in lambda between the ends of the schedule: better for few steps.
+
+    Raises UsageError for fewer than one step.
+    """
+    if steps < 1:
+        raise UsageError(f"steps={steps}: a chain has at least one step.")
+    return jnp.linspace(schedule(jnp.ones(())), schedule(jnp.zeros(())), steps)
+
+
+def sinusoid_input(lam: Array) -> Array:
+    """What enters a network's sinusoid: 1000 arctan(e^(-lam / 2)) / (pi / 2), in [0, 1000].
+
+    For the cosine schedule that is 1000 u but for the truncation, the scale for which the
+    sinusoid's frequencies were made (Meng et al., 2023, who share the authors' networks). lam is
+    clipped to +-20 as there. Any shape.
+    """
+    return 1000 * jnp.arctan(jnp.exp(-0.5 * jnp.clip(lam, -20, 20))) / (0.5 * jnp.pi)
+
+
+SCHEDULES = {"cosine": Cosine, "uniform": Uniform}
+GRIDS = {"uniform_u": uniform_u, "uniform_lambda": uniform_lambda}
