@@ -1,0 +1,283 @@
+"""The layers of the U-Net of Dhariwal & Nichol (2021): images NHWC, parameters float32.
+
+`dtype` is the precision of convolutions and matrix products, bfloat16 on TPU; norm statistics and
+softmax are float32 whatever it is. Weights start as PyTorch's do, uniform with variance
+1 / (3 fan_in), but biases start at zero; the last layer of every residual branch starts at zero, so
+that a network begins as the identity plus its skips.
+
+Every layer of a `unet.Block` is called as `layer(h [B, H, W, C], embedding [B, E], key)`. A key
+turns dropout on; there is no mode flag.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from cfg_jax.types import Array, UsageError
+
+_uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def _kernel(rngs: nnx.Rngs, shape: tuple[int, ...], zero: bool) -> nnx.Param:
+    if zero:
+        return nnx.Param(jnp.zeros(shape, jnp.float32))
+    matrix = (math.prod(shape[:-1]), shape[-1])  # XLA:CPU compiles a draw in four axes 10 x slower
+    return nnx.Param(_uniform(rngs.params(), matrix, jnp.float32).reshape(shape))
+
+
+def keys(key: Array | None) -> Iterator[Array | None]:
+    """One key after another for layers in a fixed order; Nones where there is none."""
+    for i in itertools.count():
+        yield None if key is None else jax.random.fold_in(key, i)
+
+
+def dropout(x: Array, rate: float, key: Array | None) -> Array:
+    if key is None or rate == 0:
+        return x
+    rows = (x.shape[0], math.prod(x.shape[1:]))  # two axes: see _kernel
+    keep = jax.random.bernoulli(key, 1 - rate, rows).reshape(x.shape)
+    return jnp.where(keep, x / (1 - rate), 0)
+
+
+def sinusoid(s: Array, dim: int) -> Array:
+    """[cos(f s), sin(f s)] of s [B], where f_i = 10000^(-i / (dim / 2)) -> [B, dim].
+
+    Raises UsageError for an odd dim. Vaswani et al. (2017), ordered as in Dhariwal & Nichol (2021).
+    """
+    if dim % 2:
+        raise UsageError(f"channels={dim} is odd; the sinusoid needs an even number")
+    half = dim // 2
+    angles = s.astype(jnp.float32)[:, None] * jnp.exp(-math.log(1e4) * jnp.arange(half) / half)
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def convolve(x: Array, kernel: Array, *, stride: int = 1) -> Array:
+    """The one convolution of the package: NHWC, HWIO, odd kernels, PyTorch's symmetric padding."""
+    padding = [(side // 2, side // 2) for side in kernel.shape[:2]]
+    return jax.lax.conv_general_dilated(
+        x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+class Conv(nnx.Module):
+    """A 3 x 3 convolution with a bias."""
+
+    def __init__(self, rngs, c_in, c_out, *, stride=1, zero=False, dtype=jnp.float32):
+        self.kernel = _kernel(rngs, (3, 3, c_in, c_out), zero)
+        self.bias = nnx.Param(jnp.zeros(c_out, jnp.float32))
+        self.stride, self.dtype = stride, dtype
+
+    def __call__(self, x: Array) -> Array:
+        x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
+        return convolve(x, kernel, stride=self.stride) + self.bias[...].astype(self.dtype)
+
+
+class Linear(nnx.Module):
+    """An affine map of the last axis: on an image, a 1 x 1 convolution."""
+
+    def __init__(self, rngs, c_in, c_out, *, zero=False, dtype=jnp.float32):
+        self.kernel = _kernel(rngs, (c_in, c_out), zero)
+        self.bias = nnx.Param(jnp.zeros(c_out, jnp.float32))
+        self.dtype = dtype
+
+    def __call__(self, x: Array) -> Array:
+        x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
+        return x @ kernel + self.bias[...].astype(self.dtype)
+
+
+class GroupNorm(nnx.Module):
+    """Normalise over the image and the channels of a group; 32 groups, or one a channel below 32.
+
+    Wu & He (2018). `scale` and `shift` [B, C], where given, make it (1 + scale) norm(x) + shift,
+    the AdaGN of Dhariwal & Nichol (2021), section 3.1. Raises UsageError for unequal groups.
+    """
+
+    def __init__(self, channels):
+        self.groups = min(32, channels)
+        if channels % self.groups:
+            raise UsageError(f"a layer of {channels} channels has no 32 equal groups; make it 32 n")
+        self.scale = nnx.Param(jnp.ones(channels, jnp.float32))
+        self.bias = nnx.Param(jnp.zeros(channels, jnp.float32))
+
+    def __call__(self, x: Array, *, scale: Array = 0, shift: Array = 0) -> Array:
+        dtype, x = x.dtype, x.astype(jnp.float32)
+        # Channels first, groups second: the image is read with no group axis in sight, which would
+        # cost XLA:CPU a relayout. Two passes, since mean(x^2) - mean(x)^2 cancels under an offset.
+        mean_c = x.mean((1, 2))  # [B, C]
+        var_c = jnp.square(x - mean_c[:, None, None]).mean((1, 2))
+        mean = self._over_groups(mean_c)
+        var = self._over_groups(var_c + jnp.square(mean_c - mean))
+        gain = self.scale[...] * (1 + scale) * jax.lax.rsqrt(var + 1e-5)
+        bias = self.bias[...] * (1 + scale) + shift
+        bias = jnp.broadcast_to(bias, mean.shape)[:, None, None]
+        return ((x - mean[:, None, None]) * gain[:, None, None] + bias).astype(dtype)
+
+    def _over_groups(self, moments: Array) -> Array:
+        grouped = moments.reshape(len(moments), self.groups, -1)
+        return grouped.mean(-1).repeat(grouped.shape[-1], axis=-1)
+
+
+def halve(x: Array) -> Array:
+    b, h, w, c = x.shape
+    return x.reshape(b, h // 2, 2, w // 2, 2, c).mean((2, 4))
+
+
+def double(x: Array) -> Array:
+    return x.repeat(2, axis=1).repeat(2, axis=2)
+
+
+RESAMPLE = {None: lambda x: x, "down": halve, "up": double}
+
+
+class Resample(nnx.Module):
+    """Plain resampling: a convolution of stride 2 down, or one after nearest neighbour up."""
+
+    def __init__(self, rngs, channels, resample, *, dtype=jnp.float32):
+        self.up = resample == "up"
+        self.conv = Conv(rngs, channels, channels, stride=1 if self.up else 2, dtype=dtype)
+
+    def __call__(self, h: Array, embedding: Array, key: Array | None = None) -> Array:
+        del embedding, key
+        return self.conv(double(h) if self.up else h)
+
+
+class ResBlock(nnx.Module):
+    """x + conv(dropout(silu(norm(conv(silu(norm(x))), embedding)))), resampled inside if asked.
+
+    The embedding, already through its SiLU, enters as AdaGN (`scale_shift_norm`) or is added before
+    the second norm. `resample` "down" (2 x 2 mean) or "up" (nearest) acts on both branches, before
+    the first convolution, as in BigGAN. Dhariwal & Nichol (2021), sections 3 and 3.1.
+    """
+
+    def __init__(
+        self,
+        rngs,
+        c_in,
+        c_out,
+        *,
+        embedding,
+        resample=None,
+        dropout=0.0,
+        scale_shift_norm=True,
+        dtype=jnp.float32,
+    ):
+        self.norm1 = GroupNorm(c_in)
+        self.conv1 = Conv(rngs, c_in, c_out, dtype=dtype)
+        self.embed = Linear(rngs, embedding, c_out * (1 + scale_shift_norm), dtype=dtype)
+        self.norm2 = GroupNorm(c_out)
+        self.conv2 = Conv(rngs, c_out, c_out, zero=True, dtype=dtype)
+        self.skip = None if c_in == c_out else Linear(rngs, c_in, c_out, dtype=dtype)
+        self.resample, self.dropout, self.scale_shift_norm = resample, dropout, scale_shift_norm
+
+    def __call__(self, x: Array, embedding: Array, key: Array | None = None) -> Array:
+        resample = RESAMPLE[self.resample]
+        h = self.conv1(resample(nnx.silu(self.norm1(x))))
+        e = self.embed(embedding)  # [B, C] or [B, 2 C]
+        if self.scale_shift_norm:
+            scale, shift = jnp.split(e.astype(jnp.float32), 2, axis=-1)
+            h = self.norm2(h, scale=scale, shift=shift)
+        else:
+            h = self.norm2(h + e[:, None, None])
+        h = self.conv2(dropout(nnx.silu(h), self.dropout, key))
+        x = resample(x)
+        return h + (x if self.skip is None else self.skip(x))
+
+
+def count_heads(channels: int, num_heads: int | None, head_channels: int | None) -> int:
+    """How many attention heads, from their number or their width (64 if neither is given).
+
+    Raises UsageError if both are given or the heads are not equal.
+    """
+    if num_heads and head_channels:
+        raise UsageError(f"{num_heads=} and {head_channels=} are both given; give one of them")
+    width = head_channels or 64
+    if channels % (num_heads or width):
+        asked = f"{num_heads} heads" if num_heads else f"heads of {width} channels"
+        raise UsageError(
+            f"attention over {channels} channels does not split into {asked}; "
+            "set num_heads or head_channels to a divisor"
+        )
+    return num_heads or channels // width
+
+
+def split_heads(qkv: Array, heads: int, order: str) -> tuple[Array, Array, Array]:
+    """[B, N, 3 C] -> q, k, v, each [B, N, heads, C / heads].
+
+    The 3 C outputs are "new" (q, k, v; heads in each: ADM-64) or "legacy" (heads; q, k, v in each:
+    ADM-128 and the classifiers). For a network trained from scratch they are the same.
+    """
+    b, n, _ = qkv.shape
+    if order == "new":
+        q, k, v = jnp.moveaxis(qkv.reshape(b, n, 3, heads, -1), 2, 0)
+    else:
+        q, k, v = jnp.moveaxis(qkv.reshape(b, n, heads, 3, -1), 3, 0)
+    return q, k, v
+
+
+def attend(q: Array, k: Array, v: Array) -> Array:
+    """softmax(q k / sqrt(d)) v -> [B, N, C], heads merged; the scale is shared out to q and k."""
+    scale = q.shape[-1] ** -0.25
+    logits = jnp.einsum("bqhd,bkhd->bhqk", q * scale, k * scale, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    out = jnp.einsum("bhqk,bkhd->bqhd", weights, v)
+    return out.reshape(*out.shape[:2], -1)
+
+
+class Attention(nnx.Module):
+    """x + projection of multi-head self-attention over the pixels of norm(x).
+
+    Raises UsageError for an unknown `head_order` or channels that the heads do not divide.
+    Dhariwal & Nichol (2021), section 3.
+    """
+
+    def __init__(
+        self,
+        rngs,
+        channels,
+        *,
+        num_heads=None,
+        head_channels=None,
+        head_order="new",
+        dtype=jnp.float32,
+    ):
+        if head_order not in ("new", "legacy"):
+            raise UsageError(f"{head_order=} is not known; it is 'new' or 'legacy'")
+        self.heads = count_heads(channels, num_heads, head_channels)
+        self.norm = GroupNorm(channels)
+        self.qkv = Linear(rngs, channels, 3 * channels, dtype=dtype)
+        self.proj = Linear(rngs, channels, channels, zero=True, dtype=dtype)
+        self.head_order = head_order
+
+    def __call__(self, x: Array, embedding: Array = None, key: Array | None = None) -> Array:
+        del embedding, key
+        b, h, w, c = x.shape
+        qkv = self.qkv(self.norm(x).reshape(b, h * w, c))
+        out = attend(*split_heads(qkv, self.heads, self.head_order))
+        return x + self.proj(out).reshape(x.shape)
+
+
+class TimeEmbedding(nnx.Module):
+    """s [B] -> MLP(sinusoid(s)) [B, 4 channels], float32 in any case: it is small."""
+
+    def __init__(self, rngs, channels):
+        self.hidden = Linear(rngs, channels, 4 * channels)
+        self.out = Linear(rngs, 4 * channels, 4 * channels)
+        self.channels = channels
+
+    def __call__(self, s: Array) -> Array:
+        return self.out(nnx.silu(self.hidden(sinusoid(s, self.channels))))
+
+
+class LabelEmbedding(nnx.Module):
+    """label [B] -> its row [B, width]. A label without a row gives NaN, not another label's row."""
+
+    def __init__(self, rngs, rows, width):
+        self.table = nnx.Param(jax.random.normal(rngs.params(), (rows, width), jnp.float32))
+
+    def __call__(self, label: Array) -> Array:
+        rows = jnp.asarray(self.table[...]).at[label]
+        return rows.get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)

@@ -1,0 +1,370 @@
+"""The networks as functions: what they refuse, what a key does, what jax makes of them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import recipe
+from flax import nnx
+
+from cfg_jax.models import layers, network, weights
+from cfg_jax.types import UsageError
+
+CLASSES = 3
+TINY = {
+    "image_size": 8,
+    "num_classes": CLASSES,
+    "in_channels": 1,
+    "out_channels": 1,
+    "channels": 8,
+    "channel_mult": (1, 2),
+    "num_res_blocks": 1,
+    "attention_resolutions": (4,),
+    "num_heads": 2,
+    "dropout": 0.5,
+}
+QUICK = functools.partial(jax.jit, compiler_options=recipe.QUICK)
+
+
+def tiny(**fields):
+    return network.network(
+        network.make("unet", **(TINY | fields)), sinusoid_input=lambda lam: 25 * (lam + 20)
+    )
+
+
+def trained(build):
+    """Parameters with no leaf at zero: at initialisation the output is zero whatever happens."""
+    flat = weights.flatten(network.shapes(build))
+    return weights.unflatten(
+        {path: recipe.adm_weight(path.replace("/", "."), leaf.shape) for path, leaf in flat.items()}
+    )
+
+
+@pytest.fixture(scope="module")
+def net():
+    return tiny()
+
+
+@pytest.fixture(scope="module")
+def init(net):
+    return QUICK(net.init)
+
+
+@pytest.fixture(scope="module")
+def fresh(init):
+    return init(jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def params():
+    return trained(network.make("unet", **TINY))
+
+
+@pytest.fixture(scope="module")
+def apply(net):
+    return QUICK(net.apply)
+
+
+Z = jnp.asarray(recipe.draw("z", (8, 8, 8, 1)))
+LAM = jnp.linspace(-20, 20, 8)
+COND = {"label": jnp.arange(8) % (CLASSES + 1)}
+
+
+# --- layers ---
+
+
+@pytest.mark.parametrize("offset", [0, 1e3])
+def test_group_norm_is_that_of_float64(offset):
+    x = (offset + recipe.draw("x", (2, 5, 7, 96)) * np.linspace(0.01, 3, 96)).astype(np.float32)
+    scale, shift = recipe.draw("scale, shift", (2, 2, 96))
+    norm = layers.GroupNorm(96)
+    norm.scale[...], norm.bias[...] = jnp.linspace(0.5, 2, 96), jnp.linspace(-1, 1, 96)
+    wide = np.asarray(x, np.float64).reshape(2, 5 * 7, 32, 3)
+    mean, var = wide.mean((1, 3), keepdims=True), wide.var((1, 3), keepdims=True)
+    want = ((wide - mean) / np.sqrt(var + 1e-5)).reshape(x.shape)
+    want = want * np.linspace(0.5, 2, 96) + np.linspace(-1, 1, 96)
+    np.testing.assert_allclose(norm(x), want, atol=2e-3 if offset else 2e-6)
+    want = want * (1 + scale)[:, None, None] + shift[:, None, None]
+    np.testing.assert_allclose(
+        norm(x, scale=scale, shift=shift), want, atol=5e-3 if offset else 1e-5
+    )
+
+
+def test_group_norm_of_bfloat16_has_float32_statistics():
+    x = jnp.asarray(100 + recipe.draw("x", (2, 16, 16, 64)), jnp.bfloat16)
+    norm = layers.GroupNorm(64)
+    assert norm(x).dtype == jnp.bfloat16
+    want = norm(x.astype(jnp.float32))
+    np.testing.assert_allclose(norm(x).astype(jnp.float32), want, rtol=2**-8)
+
+
+def test_halve_and_double():
+    x = jnp.arange(16.0).reshape(1, 4, 4, 1)
+    np.testing.assert_array_equal(layers.halve(x)[0, :, :, 0], [[2.5, 4.5], [10.5, 12.5]])
+    np.testing.assert_array_equal(layers.halve(layers.double(x)), x)
+    np.testing.assert_array_equal(
+        layers.double(x)[0, :4, :4, 0], [[0, 0, 1, 1]] * 2 + [[4, 4, 5, 5]] * 2
+    )
+
+
+# --- the network as two functions ---
+
+
+def test_output_is_zero_at_initialisation(fresh, apply):
+    out = apply(fresh, Z, LAM, COND)
+    assert out.shape == Z.shape and out.dtype == jnp.float32
+    assert not out.any()
+
+
+class Ladder(nnx.Module):
+    """Twelve steps alike: sorted as strings, step "10" would come before step "2"."""
+
+    def __init__(self, rngs):
+        self.steps = nnx.List([layers.LabelEmbedding(rngs, 1, 1) for _ in range(12)])
+
+    def __call__(self, z, s, cond, key=None):
+        return z * jnp.stack([step.table[0, 0] for step in self.steps])
+
+
+def test_keys_are_strings_and_lists_keep_their_order():
+    ladder = network.network(Ladder, sinusoid_input=lambda lam: lam)
+    params = ladder.init(jax.random.key(0))
+    assert list(params["steps"]) == [str(i) for i in range(12)]
+    params = {"steps": {str(i): {"table": jnp.full((1, 1), i)} for i in (10, 2, *range(12))}}
+    out = ladder.apply(jax.tree.map(jnp.asarray, params), jnp.ones((1, 12)), 0.0, {})
+    np.testing.assert_array_equal(out[0], range(12))
+
+
+def test_init_depends_on_the_key_and_has_pytorchs_spread(init, fresh):
+    def kernel(params):
+        return np.asarray(params["encoder"]["middle"]["layers"]["0"]["conv1"]["kernel"])
+
+    bound = (9 * 16) ** -0.5
+    assert np.abs(kernel(fresh)).max() <= bound
+    assert abs(kernel(fresh).std() * 3**0.5 / bound - 1) < 0.05
+    assert not np.array_equal(kernel(fresh), kernel(init(jax.random.key(1))))
+
+
+def test_lambda_and_label_reach_the_output(params, apply):
+    out = apply(params, Z[:1].repeat(8, 0), LAM, {"label": jnp.zeros(8, int)})
+    assert distinct(out)
+    # every class and the null label, its last row, by turns
+    out = apply(params, Z[:1].repeat(8, 0), LAM[:1].repeat(8), COND)
+    assert distinct(out[: CLASSES + 1])
+    np.testing.assert_allclose(out[:4], out[4:], rtol=1e-4, atol=1e-4)
+
+
+def distinct(images):
+    gaps = jnp.abs(images[:, None] - images[None]).max((2, 3, 4))
+    return (gaps + jnp.eye(len(images)) > 1e-3).all()
+
+
+def test_one_lambda_serves_the_batch(params, apply):
+    np.testing.assert_array_equal(
+        apply(params, Z, jnp.float32(2), COND), apply(params, Z, jnp.full(8, 2, jnp.float32), COND)
+    )
+
+
+def test_each_image_is_alone(params, apply):
+    out = apply(params, Z, LAM, COND)
+    flipped = apply(params, Z[::-1], LAM[::-1], {"label": COND["label"][::-1]})
+    np.testing.assert_allclose(flipped[::-1], out, rtol=1e-4, atol=1e-4)
+
+
+def test_a_label_without_a_row_is_not_another_label():
+    table = layers.LabelEmbedding(nnx.Rngs(0), CLASSES, 4)
+    out = table(jnp.array([0, CLASSES - 1, CLASSES, -1]))
+    assert np.isnan(out).all(axis=1).tolist() == [False, False, True, True]
+
+
+def test_rows_of_the_label_embedding():
+    def rows(**fields):
+        return network.shapes(network.make("unet", **(TINY | fields)))["label"]["table"].shape[0]
+
+    assert rows() == CLASSES + 1
+    assert rows(null_row=False) == CLASSES
+
+
+def test_without_classes_the_condition_is_not_read():
+    net = tiny(num_classes=None)
+    shapes = jax.eval_shape(net.init, jax.random.key(0))
+    assert "label" not in shapes
+    assert jax.eval_shape(net.apply, shapes, Z, LAM, {}).shape == Z.shape
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"resblock_updown": False},
+        {"scale_shift_norm": False},
+        {"num_heads": None, "head_channels": 4, "head_order": "legacy"},
+        {"channel_mult": (0.5, 1, 2), "num_res_blocks": 2, "out_channels": 2},
+        {"attention_resolutions": ()},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_every_field_keeps_the_shape(fields):
+    net = tiny(**fields)
+    shapes = jax.eval_shape(net.init, jax.random.key(0))
+    out = jax.eval_shape(net.apply, shapes, Z, LAM, COND)
+    assert out.shape == (8, 8, 8, fields.get("out_channels", 1))
+
+
+def test_classifier_gives_float32_logits():
+    fields = {name: TINY[name] for name in TINY if name != "out_channels"}
+    build = network.make("classifier", **(fields | {"dtype": "bfloat16"}))
+    net = network.network(build, sinusoid_input=lambda lam: lam)
+    params = jax.eval_shape(net.init, jax.random.key(0))
+    out = jax.eval_shape(net.apply, params, Z, LAM, {})
+    assert out.shape == (8, CLASSES) and out.dtype == jnp.float32
+
+
+# --- dropout ---
+
+
+def test_dropout_follows_the_key(params, apply):
+    clean = apply(params, Z, LAM, COND)
+    first, second = (apply(params, Z, LAM, COND, jax.random.key(i)) for i in range(2))
+    np.testing.assert_array_equal(first, apply(params, Z, LAM, COND, jax.random.key(0)))
+    assert jnp.abs(first - clean).max() > 1e-2 and jnp.abs(first - second).max() > 1e-2
+    none = tiny(dropout=0.0).apply
+    with_key = jax.jit(none).lower(params, Z, LAM, COND, jax.random.key(0)).as_text()
+    assert "xor" not in with_key  # threefry
+
+
+def test_dropout_keeps_the_mean_and_drops_the_rate():
+    x = layers.dropout(jnp.ones((1000, 1000)), 0.3, jax.random.key(0))
+    assert abs((x == 0).mean() - 0.3) < 5 * (0.3 * 0.7 / 1e6) ** 0.5
+    assert abs(x.mean() - 1) < 5 * (0.3 / 0.7 / 1e6) ** 0.5
+
+
+def test_every_layer_draws_its_own_mask(net, params, monkeypatch):
+    seen = []
+    monkeypatch.setattr(layers, "dropout", lambda x, rate, key: seen.append(key) or x)
+
+    @QUICK
+    def keys(key):  # the network itself is dead code here
+        net.apply(params, Z, LAM, COND, key)
+        return jnp.stack([jax.random.key_data(key) for key in seen])
+
+    drawn = {tuple(key) for key in np.asarray(keys(jax.random.key(0))).tolist()}
+    assert len(drawn) == len(seen) == 10  # 2 down + 1 halving + 2 middle + 4 up + 1 doubling
+
+
+# --- precision, gradients, jax ---
+
+
+def test_bfloat16_compute_is_close_to_float32(params, apply):
+    want = apply(params, Z, LAM, COND)
+    out = QUICK(tiny(dtype="bfloat16").apply)(params, Z, LAM, COND)
+    assert out.dtype == jnp.float32
+    error = jnp.linalg.norm(out - want) / jnp.linalg.norm(want)
+    assert 1e-4 < error < 3e-2  # and it did compute in bfloat16
+
+
+def test_gradients_are_finite_and_reach_every_leaf(net, params):
+    def loss(params, key):
+        return jnp.square(net.apply(params, Z, LAM, COND, key)).mean()
+
+    grads = weights.flatten(QUICK(jax.grad(loss))(params, jax.random.key(0)))
+    assert all(jnp.isfinite(g).all() for g in grads.values())
+    assert [path for path, g in grads.items() if not g.any()] == []
+
+
+def test_scan_is_the_loop(net, params, apply):
+    """Parameters are closed over by the scan and enter the jitted program as an argument."""
+
+    @QUICK
+    def chain(params, z):
+        def step(z, lam):
+            return z - 0.1 * net.apply(params, z, lam, COND), None
+
+        return jax.lax.scan(step, z, LAM[:3])[0]
+
+    z = Z
+    for lam in LAM[:3]:
+        z = z - 0.1 * apply(params, z, lam, COND)
+    np.testing.assert_allclose(chain(params, Z), z, rtol=1e-4, atol=1e-5)
+
+
+def test_sharded_batch_and_parameters(net, params, apply):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def shard(leaf):
+        rows = leaf.ndim and leaf.shape[0] % 8 == 0
+        spec = jax.sharding.PartitionSpec("data" if rows else None)
+        return jax.device_put(leaf, jax.sharding.NamedSharding(mesh, spec))
+
+    out = apply(*jax.tree.map(shard, (params, Z, LAM, COND)))
+    np.testing.assert_allclose(out, apply(params, Z, LAM, COND), rtol=1e-4, atol=1e-5)
+
+
+# --- mistakes ---
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"image_size": 9}, "image_size=9 cannot be halved 1 times.*multiple of 2"),
+        ({"attention_resolutions": (5, 4)}, r"attention_resolutions=.*\[5\].*\(8, 4\)"),
+        ({"num_heads": 3}, "16 channels does not split into 3 heads"),
+        ({"num_heads": None}, "16 channels does not split into heads of 64 channels"),
+        ({"head_channels": 8}, "num_heads=2 and head_channels=8 are both given"),
+        ({"head_order": "old"}, "head_order='old'.*'new' or 'legacy'"),
+        ({"channels": 40}, "40 channels has no 32 equal groups"),
+        ({"channels": 7, "num_heads": 1}, "channels=7 is odd"),
+        ({"dropout": 1.0}, r"dropout=1.0.*\[0, 1\)"),
+        ({"dtype": "float16"}, "dtype='float16'.*'float32' or 'bfloat16'"),
+        ({"chanels": 8}, "no field chanels; it has image_size, num_classes,.*dtype"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ",
+)
+def test_mistakes_are_told_in_one_line(fields, message):
+    with pytest.raises(UsageError, match=message) as error:
+        net = tiny(**fields)
+        jax.eval_shape(
+            lambda: net.apply(net.init(jax.random.key(0)), Z, LAM, COND)
+        )  # odd channels show when called
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_model_and_missing_field():
+    with pytest.raises(UsageError, match="'unett' is not known; it is one of unet, classifier"):
+        network.make("unett")
+    with pytest.raises(UsageError, match="needs image_size, num_classes"):
+        network.make("unet")
+
+
+def test_images_of_another_size(net):
+    shapes = jax.eval_shape(net.init, jax.random.key(0))
+    with pytest.raises(UsageError, match=r"\[8, 8, 1\].*was given \[16, 16, 1\]"):
+        jax.eval_shape(net.apply, shapes, jnp.zeros((8, 16, 16, 1)), LAM, COND)
+
+
+# --- safetensors ---
+
+
+def test_safetensors_round_trip_is_exact(tmp_path, params):
+    params = dict(params) | {"steps": {"10": jnp.arange(3)}, "scalar": jnp.float32(2)}
+    weights.save_safetensors(tmp_path / "ema.safetensors", params, {"step": "7"})
+    loaded, metadata = weights.load_safetensors(tmp_path / "ema.safetensors")
+    assert metadata == {"step": "7"}
+    assert jax.tree.structure(loaded) == jax.tree.structure(params)
+    for ours, theirs in zip(jax.tree.leaves(loaded), jax.tree.leaves(params)):
+        assert ours.dtype == theirs.dtype
+        np.testing.assert_array_equal(ours, theirs)
+    assert [path.name for path in tmp_path.iterdir()] == ["ema.safetensors"]
+
+
+def test_a_file_that_is_not_safetensors(tmp_path, fresh):
+    path = tmp_path / "ema.safetensors"
+    with pytest.raises(UsageError, match=r"ema\.safetensors does not exist"):
+        weights.load_safetensors(path)
+    weights.save_safetensors(path, fresh, {})
+    whole = path.read_bytes()
+    for data in (b"", b"PK\x03\x04 a zip", whole[:-1], whole[:100]):
+        path.write_bytes(data)
+        with pytest.raises(UsageError, match=r"is not a whole \.safetensors file"):
+            weights.load_safetensors(path)
