@@ -1,0 +1,86 @@
+"""Images between disk and model: uint8 <-> [-1, 1], flips, crops, resizing, grids, PNG files.
+
+Every function of levels or layout takes numpy and jax arrays alike, and works inside jit.
+"""
+
+import functools
+import io
+
+import numpy as np
+import PIL.Image
+from etils import epath
+
+
+def to_float(images):
+    """uint8 -> float32 in [-1, 1]: x / 127.5 - 1, so that level 0 is -1 and level 255 is 1."""
+    return images.astype(np.float32) / 127.5 - 1
+
+
+def to_uint8(x):
+    """Floats -> uint8, the one quantiser: clip to [-1, 1], then the nearest of the 256 levels.
+
+    Halves go to the even level. The exact inverse of `to_float` on every level.
+    """
+    return ((x.astype(np.float32).clip(-1, 1) + 1) * 127.5).round().astype(np.uint8)
+
+
+def flip(images):
+    """[..., H, W, C] mirrored left to right."""
+    return images[..., ::-1, :]
+
+
+def central_square(image):
+    """The largest centred square of [..., H, W, C]; the odd row or column goes from the far end."""
+    height, width = image.shape[-3:-1]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return image[..., top : top + side, left : left + side, :]
+
+
+def area_resize(image, height: int, width: int) -> np.ndarray:
+    """[H, W, C] -> [height, width, C]: each new pixel is the mean of the area that it covers.
+
+    The image is taken as constant over each of its pixels, which holds for any ratio of sizes, and
+    for upscaling too. uint8 in, uint8 out, correctly rounded: the sums are integers, exact in
+    float64. Other types come back as float64.
+    """
+    rows, columns = _overlaps(image.shape[0], height), _overlaps(image.shape[1], width)
+    sums = np.einsum("hi,ijc,wj->hwc", rows, image.astype(np.float64), columns, optimize=True)
+    means = sums / (image.shape[0] * image.shape[1])
+    return means.round().astype(np.uint8) if image.dtype == np.uint8 else means
+
+
+@functools.lru_cache(maxsize=256)
+def _overlaps(old: int, new: int) -> np.ndarray:
+    """[new, old] lengths that pixels share, on a line of old * new units; each row sums to old."""
+    old_edges, new_edges = np.arange(old + 1) * new, np.arange(new + 1) * old
+    ends = np.minimum(new_edges[1:, None], old_edges[None, 1:])
+    starts = np.maximum(new_edges[:-1, None], old_edges[None, :-1])
+    return np.maximum(ends - starts, 0).astype(np.float64)
+
+
+def grid(images, columns: int, *, margin: int = 1, scale: int = 1, background: int = 255):
+    """Images side by side, row by row: uint8 [N, H, W, C] -> uint8 [height, width, C].
+
+    `scale` enlarges each pixel to scale x scale (tiny images stay crisp), `margin` is the gap
+    between images, in pixels of the result; places of the last row that have no image show the
+    background.
+    """
+    images = np.asarray(images).repeat(scale, axis=1).repeat(scale, axis=2)
+    count, height, width, channels = images.shape
+    rows = -(-count // columns)
+    tiles = np.full(
+        (rows * columns, height + margin, width + margin, channels), background, np.uint8
+    )
+    tiles[:count, :height, :width] = images
+    tiles = tiles.reshape(rows, columns, height + margin, width + margin, channels)
+    canvas = tiles.swapaxes(1, 2).reshape(rows * (height + margin), -1, channels)
+    return canvas[: canvas.shape[0] - margin, : canvas.shape[1] - margin]
+
+
+def save_png(path: epath.PathLike, image) -> None:
+    """Writes uint8 [H, W, 1] or [H, W, 3] as a PNG file, to any path that etils opens."""
+    image = np.asarray(image)
+    png = io.BytesIO()
+    PIL.Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(png, "PNG")
+    epath.Path(path).write_bytes(png.getvalue())
