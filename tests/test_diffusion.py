@@ -21,15 +21,6 @@ PAIRS = np.array(list(itertools.combinations_with_replacement(LEVELS, 2)))
 STEPS = PAIRS[PAIRS[:, 0] < PAIRS[:, 1]]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiles():
-    """What takes the time here is compiling random draws; unoptimised that is six times faster."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 @pytest.fixture
 def optimised():
     """As users compile, where it is the compiler's work that is looked at."""

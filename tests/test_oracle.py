@@ -17,15 +17,6 @@ from cfg_jax.diffusion import guidance, mixture, samplers, schedules
 from cfg_jax.types import Prediction
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiles():
-    """What takes the time here is compiling random draws; unoptimised that is six times faster."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 @pytest.fixture
 def float64():
     with jax.enable_x64(True):

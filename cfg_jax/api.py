@@ -1,0 +1,67 @@
+"""The door for notebooks and scripts: a trained model as an object that samples.
+
+model = cfg_jax.load("runs/digits")
+images = model.sample([0, 3, 7], w=1.0)
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from cfg_jax import generator as generators
+from cfg_jax.models import weights
+from cfg_jax.runtime import mesh as meshes
+
+
+class Model:
+    """A trained model on this machine's devices. Made by `load`."""
+
+    def __init__(self, generator: generators.Generator, step: int):
+        self._generator = generator
+        self.step = step
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The complete config that made the model."""
+        return dict(self._generator.model.config)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes; a label is a place in this tuple."""
+        return tuple(self._generator.model.dataset.classes)
+
+    def sample(
+        self,
+        labels: Sequence[int],
+        w: float | Sequence[float] = 0.0,
+        *,
+        seed: int = 0,
+        index: Sequence[int] | None = None,
+    ) -> np.ndarray:
+        """Guided samples, uint8 [N, H, W, C], one a label.
+
+        w is the paper's strength (scale - 1), one number or one a label; sweeping it compiles once.
+        Image i depends on (seed, index[i]), its label and its w alone, with index 0, 1, ... by
+        default. Raises UsageError for a label outside the classes, w < -1, or a seed out of range.
+        """
+        return self._generator(labels, w, seed=seed, index=index)
+
+    def save(self, path: str) -> None:
+        """Writes the EMA and its config as float32 .safetensors, which `load` reads back."""
+        metadata = {"config": json.dumps(self.config), "step": str(self.step)}
+        params = jax.device_get(self._generator.params["model"])
+        weights.save_safetensors(path, params, metadata)
+
+
+def load(path: str, classifier: str | None = None) -> Model:
+    """The model in a training folder, or in a .safetensors file that `Model.save` wrote.
+
+    `classifier` is the folder of a noisy classifier, for a model whose config guides by one. Raises
+    UsageError where there is no model at the path.
+    """
+    config = generators.saved_config(path)
+    meshes.split_cpu(config["sample"]["batch_size"])
+    return Model(*generators.load(path, config, classifier))

@@ -1,0 +1,99 @@
+"""A job's command line: flags, a config with overrides, and a user's mistake in one line."""
+
+import re
+import sys
+from collections.abc import Callable
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from cfg_jax import experiment, schema
+from cfg_jax.types import UsageError
+
+
+def run(main: Callable, config: Callable[[dict[str, str]], dict] | None = None) -> None:
+    """Runs main() with absl's flags parsed, or main(config) where the job has a config.
+
+    `config` makes it from the flags as typed ({"workdir": "DIR", ...}), before absl sees them,
+    since its fields then become flags of their own: --config.FIELD=VALUE. A UsageError becomes one
+    line on standard error and exit status 2; absl's own flag errors keep theirs.
+    """
+    argv = list(sys.argv)
+    try:
+        if config is None or any(a.startswith(("--help", "-help")) for a in argv):
+            holder = None
+        else:
+            argv, typed = _take_config(argv)
+            base = experiment.SCHEMA.complete(_rename(config(typed), argv))
+            _check_paths(argv, base)
+            sys.argv = argv  # where config_flags looks for the overrides
+            holder = config_flags.DEFINE_config_dict("config", experiment.SCHEMA.overridable(base))
+    except UsageError as error:
+        _leave(error)
+
+    def body(rest: list[str]) -> None:
+        if not flags.FLAGS["verbosity"].present:
+            # The libraries' own reports are for those who ask for them, with --verbosity=0.
+            logging.set_verbosity(logging.ERROR)
+        try:
+            if len(rest) > 1:
+                raise UsageError(f"{rest[1]!r} is not a flag: write --name=value.")
+            if holder is None:
+                main()
+            else:
+                main(experiment.SCHEMA.complete(holder.value.to_dict()))
+        except UsageError as error:
+            _leave(error)
+
+    app.run(body, argv=argv)
+
+
+def _leave(error: UsageError) -> None:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _take_config(argv: list[str]) -> tuple[list[str], dict[str, str]]:
+    """argv without --config, and the flags typed; `--workdir DIR` becomes `--workdir=DIR`."""
+    out, typed = argv[:1], {}
+    rest = iter(argv[1:])
+    for arg in rest:
+        if re.fullmatch(r"--?(config|workdir)", arg):
+            arg = f"{arg}={next(rest, '')}"
+        if match := re.fullmatch(r"--?(\w+)=(.*)", arg, re.DOTALL):
+            typed[match[1]] = match[2]
+            if match[1] == "config":
+                continue
+        out.append(arg)
+    return out, typed
+
+
+def _overrides(argv: list[str]) -> dict[str, str]:
+    matches = (re.fullmatch(r"--?config\.([\w.]+)(?:=(.*))?", a, re.DOTALL) for a in argv)
+    return {m[1]: m[2] or "" for m in matches if m}
+
+
+def _rename(config: dict, argv: list[str]) -> dict:
+    """Another entry of a table brings its own fields: those of the one it replaces are dropped."""
+    for path, value in _overrides(argv).items():
+        *parents, last = path.split(".")
+        if last != "name":
+            continue
+        section = config
+        for parent in parents[:-1]:
+            section = section.setdefault(parent, {})
+        if section.get(parents[-1], {}).get("name") != value:
+            section[parents[-1]] = {"name": value}
+    return config
+
+
+def _check_paths(argv: list[str], base: dict) -> None:
+    for path in _overrides(argv):
+        section = base
+        walked = []
+        for part in path.split("."):
+            if not isinstance(section, dict) or part not in section:
+                names = sorted(section) if isinstance(section, dict) else []
+                raise schema.unknown_field(".".join([*walked, part]), names)
+            section = section[part]
+            walked.append(part)

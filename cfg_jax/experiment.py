@@ -1,0 +1,219 @@
+"""From a config to objects: the only reader of configs."""
+
+import dataclasses
+import functools
+import importlib.util
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import optax
+from flax import nnx
+
+from cfg_jax import schema, train_step
+from cfg_jax.data import datasets, images
+from cfg_jax.diffusion import guidance, logsnr, losses, samplers, schedules
+from cfg_jax.models import network as networks
+from cfg_jax.types import Array, Guidance, Network, Sampler, Schedule, UsageError
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """How long, how wide, and how often to tell. Raises UsageError for numbers out of range."""
+
+    steps: int = 10_000
+    batch_size: int = 128  # global, over all devices and processes
+    seed: int = 0  # of the parameters, the data's order and every draw
+    fsdp: int = 1  # devices that share one copy of the state; 1 is plain data parallelism
+    log_every: int = 100
+    checkpoint_every: int = 1000
+    keep: int = 2  # checkpoints
+    sample_every: int = 0  # steps between sample grids; 0 for none
+    sample_w: tuple[float, ...] = (0.0, 1.0, 4.0)
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "fsdp", "log_every", "checkpoint_every", "keep"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"train.{name}={getattr(self, name)}: must be at least 1.")
+        if self.sample_every < 0:
+            raise UsageError(f"train.sample_every={self.sample_every}: 0 for none, or more.")
+        for w in self.sample_w:
+            guidance.check_w(w)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """The reverse chain: which rule and sampler, over which noise levels.
+
+    Raises UsageError for numbers out of range.
+    """
+
+    guidance: dict[str, Any] = dataclasses.field(default_factory=dict)
+    sampler: dict[str, Any] = dataclasses.field(default_factory=dict)
+    grid: str = "uniform_u"
+    steps: int = 256  # T, noise levels
+    clip: bool = True  # x to [-1, 1], after mixing
+    batch_size: int = 128  # images at a time, over all devices
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"sample.{name}={getattr(self, name)}: must be at least 1.")
+        schema.entry("sample.grid", schedules.GRIDS, self.grid)
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """The objects of a config, wired. Building it computes nothing and reads no data."""
+
+    config: Mapping[str, Any]  # complete
+    dataset: Any
+    network: Network
+    schedule: Schedule
+    reading: logsnr.Reading
+    null_label: int | None  # None where the network has no null row
+    loss: Callable  # (params, frozen, batch with uint8 images, key) -> (mean, metrics)
+    optimizer: optax.GradientTransformation
+    ema: train_step.Ema
+    train: Train
+    sample: Sample
+    guidance: Callable[..., Guidance]  # w -> Guidance
+    sampler: Sampler
+    lams: Callable[[], Array]  # the noise levels of the chain, [T]
+
+    @property
+    def is_classifier(self) -> bool:
+        return self.config["loss"]["name"] == "classification"
+
+
+SCHEMA = schema.Schema(
+    tables={
+        "dataset": datasets.DATASETS,
+        "model": networks.MODELS,
+        "schedule": schedules.SCHEDULES,
+        "loss": losses.LOSSES,
+        "optimizer": train_step.OPTIMIZERS,
+        "sample.guidance": guidance.GUIDANCE,
+        "sample.sampler": samplers.SAMPLERS,
+    },
+    sections={"ema": train_step.Ema, "train": Train, "sample": Sample},
+    scalars={"reading": "eps"},
+    names={
+        "schedule": "cosine",
+        "loss": "denoising",
+        "optimizer": "adam",
+        "sample.guidance": "classifier_free",
+        "sample.sampler": "ancestral",
+    },
+    bound={
+        # What the data set, and the loss, decide.
+        "model": {"rngs", "image_size", "in_channels", "out_channels", "num_classes", "null_row"},
+        # What the jobs' flag --w gives.
+        "sample.guidance": {"w"},
+    },
+)
+
+
+def config_file(name: str) -> Path:
+    """The file of an experiment: a path to a .py file, or the name of one in configs/.
+
+    Raises UsageError where there is none.
+    """
+    if name.endswith(".py"):
+        if not Path(name).is_file():
+            raise UsageError(f"--config={name}: there is no such file.")
+        return Path(name)
+    package = Path(__file__).parent
+    # In a wheel the configs are inside the package, in a checkout beside it.
+    folder = next(f for f in (package / "configs", package.parent / "configs") if f.is_dir())
+    known = {f.stem: f for f in folder.glob("*.py") if f.stem != "__init__"}
+    if name not in known:
+        raise schema.unknown("--config", name, known)
+    return known[name]
+
+
+def load_config(name: str) -> dict[str, Any]:
+    """The dict that get_config() of an experiment's file returns."""
+    path = config_file(name)
+    spec = importlib.util.spec_from_file_location(f"cfg_jax_config_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config().to_dict()
+
+
+def _options(section: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in section.items() if key != "name"}
+
+
+def _build_network(model: Mapping[str, Any], told: Mapping[str, Any]) -> Network:
+    cls = networks.MODELS[model["name"]]
+    takes = inspect.signature(cls).parameters
+    arguments = {**_options(model), **{k: v for k, v in told.items() if k in takes}}
+
+    def build(rngs: nnx.Rngs) -> nnx.Module:
+        return cls(**arguments, rngs=rngs)
+
+    return networks.network(build, sinusoid_input=schedules.sinusoid_input)
+
+
+def build(config: Mapping[str, Any]) -> Experiment:
+    """The objects of a config. Raises UsageError for a field or value that is wrong, naming it."""
+    config = SCHEMA.complete(config)
+    dataset = datasets.DATASETS[config["dataset"]["name"]](**_options(config["dataset"]))
+    loss = losses.LOSSES[config["loss"]["name"]](**_options(config["loss"]))
+    schedule = schedules.SCHEDULES[config["schedule"]["name"]](**_options(config["schedule"]))
+    reading = schema.entry("config.reading", logsnr.READINGS, config["reading"])
+    # With p_uncond = 0 nothing trains a null row, so there is none to guide with.
+    null_row = getattr(loss, "p_uncond", 0) > 0
+    if (config["loss"]["name"] == "classification") != (config["model"]["name"] == "classifier"):
+        raise UsageError(
+            f"model.name={config['model']['name']!r} with loss.name={config['loss']['name']!r}: a "
+            "classifier is trained by classification, and nothing else is."
+        )
+    height, size, channels = dataset.image_shape
+    if height != size:
+        raise UsageError(
+            f"images of {dataset.name} are {height}x{size}: the networks want squares."
+        )
+    network = _build_network(
+        config["model"],
+        {
+            "image_size": size,
+            "in_channels": channels,
+            "out_channels": channels,
+            "num_classes": dataset.num_classes,
+            "null_row": null_row,
+        },
+    )
+    bound_loss = functools.partial(
+        loss,
+        network=network,
+        schedule=schedule,
+        reading=reading,
+        null_label=dataset.num_classes,
+    )
+
+    def loss_of_bytes(params, frozen, batch, key):
+        return bound_loss(params, frozen, {**batch, "image": images.to_float(batch["image"])}, key)
+
+    sample = Sample(**config["sample"])
+    rule = guidance.GUIDANCE[sample.guidance["name"]]
+    return Experiment(
+        config=config,
+        dataset=dataset,
+        network=network,
+        schedule=schedule,
+        reading=reading,
+        null_label=dataset.num_classes if null_row else None,
+        loss=loss_of_bytes,
+        optimizer=train_step.OPTIMIZERS[config["optimizer"]["name"]](
+            **_options(config["optimizer"])
+        ),
+        ema=train_step.Ema(**config["ema"]),
+        train=Train(**config["train"]),
+        sample=sample,
+        guidance=functools.partial(rule, **_options(sample.guidance)),
+        sampler=samplers.SAMPLERS[sample.sampler["name"]](**_options(sample.sampler)),
+        lams=functools.partial(schedules.GRIDS[sample.grid], schedule, sample.steps),
+    )

@@ -1,0 +1,106 @@
+"""Checkpoints: the training state and its EMA as two items, saved while training goes on, by Orbax.
+
+A run is a folder: `config.json` says what it is, `checkpoints/STEP/{state,ema}` where it stands.
+Sampling reads the EMA alone, onto whatever devices there are.
+"""
+
+import json
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from cfg_jax.runtime import logging as runlog
+from cfg_jax.runtime import mesh as meshes
+from cfg_jax.types import UsageError
+
+
+def write_config(workdir: str, config: dict) -> None:
+    """Writes config.json beside the checkpoints, whole or not at all, from one process."""
+    path = epath.Path(workdir) / "config.json"
+    if jax.process_index() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name("config.json.tmp")
+        beside.write_text(json.dumps(config, indent=2) + "\n")
+        beside.replace(path)
+    meshes.barrier("config")
+
+
+def read_config(workdir: str) -> dict | None:
+    """The config of a run, or None where there is no run yet."""
+    path = epath.Path(workdir) / "config.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+class Checkpoints:
+    """The checkpoints of one run; the newest `keep` of them are kept.
+
+    One that cannot be read (a disk that was full, a file cut short) is said, and the one before it
+    is taken; a run that goes on moves it to `unreadable/`, a reader leaves it.
+    """
+
+    def __init__(self, workdir: str, *, keep: int = 2, read_only: bool = False):
+        self._workdir = epath.Path(workdir)
+        self._read_only = read_only
+        self._manager = ocp.CheckpointManager(
+            # Orbax wants an absolute path, and a bucket's name is one.
+            epath.Path(str(workdir) if "://" in str(workdir) else self._workdir.absolute())
+            / "checkpoints",
+            item_names=("state", "ema"),
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep, create=not read_only, read_only=read_only
+            ),
+        )
+
+    def save(self, step: int, state, ema) -> None:
+        """Starts to save; training may go on at once. A step that is there already stays."""
+        if step in self._manager.all_steps():
+            return
+        save = ocp.args.StandardSave
+        self._manager.save(step, args=ocp.args.Composite(state=save(state), ema=save(ema)))
+
+    def restore(self, **wanted):
+        """(step, {item: tree}) of the newest readable checkpoint, or None where there is none at
+        all.
+
+        `wanted` names the items, state and ema or one of them, as pytrees of jax.ShapeDtypeStruct
+        with the shardings wanted; another number of devices than at the time of saving is fine.
+        Raises UsageError where there are checkpoints and none can be read.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        items = {name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()}
+        for step in steps:
+            try:
+                found = self._manager.restore(step, args=ocp.args.Composite(**items))
+                return step, {name: found[name] for name in wanted}
+            except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
+                self._skip(step, error)
+        if steps:
+            raise UsageError(
+                f"none of the checkpoints {steps} in {self._workdir} can be read: train again in "
+                "another --workdir."
+            )
+        return None
+
+    def _skip(self, step: int, error: Exception) -> None:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        runlog.say(
+            f"checkpoint {step} in {self._workdir} cannot be read ({reason}): taking the one before"
+        )
+        if self._read_only:
+            return
+        meshes.barrier(f"unreadable {step}")
+        if jax.process_index() == 0:
+            aside = self._workdir / "unreadable"
+            aside.mkdir(parents=True, exist_ok=True)
+            (self._workdir / "checkpoints" / str(step)).rename(aside / str(step))
+        meshes.barrier(f"set aside {step}")
+        self._manager.reload()
+
+    def preempted(self, step: int) -> bool:
+        """Whether the cluster has told some process to leave: the same answer on all of them."""
+        return self._manager.reached_preemption(step)
+
+    def close(self) -> None:
+        """Returns once what was saved is on disk, and lets go of the folder."""
+        self._manager.close()

@@ -1,0 +1,78 @@
+"""What a run tells: a progress bar, a line of JSON and TensorBoard events at intervals, and
+pictures.
+"""
+
+import json
+import sys
+
+import jax
+import numpy as np
+import tqdm
+from etils import epath
+from tensorboardX import SummaryWriter
+
+
+def say(message: str) -> None:
+    """A line to the person who watches, on standard error, from process 0; above the bar if there
+    is one.
+    """
+    if jax.process_index() == 0:
+        tqdm.tqdm.write(message, file=sys.stderr)
+
+
+class RunLog:
+    """The log of one training run, written by process 0; on the others every method does nothing.
+
+    metrics.jsonl holds one line a step logged. A run that goes on from `start` first drops the
+    lines after it, so that the file reads as if the run had never stopped.
+    """
+
+    def __init__(self, workdir: str, *, start: int, steps: int):
+        self._active = jax.process_index() == 0
+        if not self._active:
+            return
+        root = epath.Path(workdir)
+        root.mkdir(parents=True, exist_ok=True)
+        path = root / "metrics.jsonl"
+        old = path.read_text().splitlines() if path.exists() else []
+        kept = [line for line in old if line.endswith("}") and json.loads(line)["step"] <= start]
+        path.write_text("".join(line + "\n" for line in kept))
+        self._lines = path.open("a")
+        self._events = SummaryWriter(
+            str(root / "tensorboard"), purge_step=start + 1 if start else None
+        )
+        self._bar = tqdm.tqdm(
+            total=steps,
+            initial=start,
+            unit="step",
+            mininterval=0.5 if sys.stderr.isatty() else 20,
+            dynamic_ncols=True,
+        )
+
+    def advance(self) -> None:
+        """One more step is done: moves the bar."""
+        if self._active:
+            self._bar.update(1)
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Writes the values of a step, and shows them on the bar."""
+        if not self._active:
+            return
+        self._lines.write(json.dumps({"step": step, **values}) + "\n")
+        self._lines.flush()
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
+        self._bar.set_postfix({k: f"{v:.4g}" for k, v in values.items()}, refresh=False)
+
+    def image(self, step: int, name: str, image: np.ndarray) -> None:
+        """Adds a picture, uint8 [H, W, C], to the events."""
+        if self._active:
+            self._events.add_image(name, image, step, dataformats="HWC")
+
+    def close(self) -> None:
+        """Flushes and closes; safe to call twice."""
+        if self._active:
+            self._active = False
+            self._bar.close()
+            self._lines.close()
+            self._events.close()

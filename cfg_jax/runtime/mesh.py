@@ -1,0 +1,150 @@
+"""Devices: processes that find each other, one mesh for every machine, and one rule for what lies
+where.
+"""
+
+import os
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from cfg_jax.types import UsageError
+
+BATCH_AXES = ("data", "fsdp")
+
+
+def initialize_distributed(requested: bool) -> None:
+    """Joins the other processes of a run, on a cluster that is detected or where it was requested.
+
+    An explicit cluster is named by JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID; otherwise JAX finds SLURM, Open MPI, Kubernetes and TPU pods by itself. Must be
+    called before the first device is touched. Raises UsageError where no cluster can be joined.
+    """
+    env = os.environ
+    explicit = "JAX_NUM_PROCESSES" in env
+    detected = (
+        explicit
+        or int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+        or int(env.get("OMPI_COMM_WORLD_SIZE", "1")) > 1
+        or "," in env.get("TPU_WORKER_HOSTNAMES", "")
+    )
+    if not (requested or detected):
+        return
+    try:
+        if explicit:
+            jax.distributed.initialize(
+                env.get("JAX_COORDINATOR_ADDRESS"),
+                num_processes=int(env["JAX_NUM_PROCESSES"]),
+                process_id=int(env["JAX_PROCESS_ID"]),
+            )
+        else:
+            jax.distributed.initialize()
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise UsageError(
+            f"could not join a cluster ({str(error).splitlines()[0]}): leave --distributed out on "
+            "one machine, or set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID."
+        ) from error
+
+
+def split_cpu(batch_size: int) -> None:
+    """Makes a CPU a small pod: as many XLA devices as the largest divisor of the batch up to its
+    cores.
+
+    XLA runs a narrow convolution on one thread a device, so this is also what makes a CPU fast.
+    Without effect where the devices were chosen already, or once jax has started; other backends
+    ignore it.
+    """
+    if jax.config.jax_num_cpu_devices > 0 or "host_platform_device_count" in os.environ.get(
+        "XLA_FLAGS", ""
+    ):
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    devices = max(n for n in range(1, (cores or 1) + 1) if batch_size % n == 0)
+    try:
+        jax.config.update("jax_num_cpu_devices", devices)
+    except RuntimeError:  # the backend is up: a notebook, say, that has used jax already
+        return
+
+
+def make_mesh(fsdp: int = 1) -> Mesh:
+    """All devices of all processes, ("data", "fsdp"). Raises UsageError unless fsdp divides."""
+    devices = jax.devices()
+    if fsdp < 1 or len(devices) % fsdp:
+        raise UsageError(
+            f"train.fsdp={fsdp}: must divide the number of devices, which is {len(devices)} here."
+        )
+    return jax.make_mesh(
+        (len(devices) // fsdp, fsdp), BATCH_AXES, axis_types=(AxisType.Auto, AxisType.Auto)
+    )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over all devices."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def state_shardings(mesh: Mesh, shapes):
+    """For a pytree of shapes: the largest dimension that fsdp divides lies over it, if there is
+    one.
+
+    One rule for parameters, EMA and Adam's moments, so that an update never moves them.
+    """
+    fsdp = mesh.shape["fsdp"]
+
+    def rule(leaf) -> NamedSharding:
+        divisible = [d for d, n in enumerate(leaf.shape) if n % fsdp == 0 and n >= fsdp]
+        if fsdp == 1 or not divisible:
+            return replicated(mesh)
+        where = max(divisible, key=lambda d: leaf.shape[d])
+        return NamedSharding(mesh, PartitionSpec(*([None] * where), "fsdp"))
+
+    return jax.tree.map(rule, shapes)
+
+
+def check_batch(mesh: Mesh, batch_size: int) -> None:
+    """Raises UsageError unless the devices divide the global batch."""
+    if batch_size < 1 or batch_size % mesh.size:
+        raise UsageError(
+            f"train.batch_size={batch_size}: must be a multiple of the {mesh.size} devices that "
+            f"share it; try {max(mesh.size, round(batch_size / mesh.size) * mesh.size)}."
+        )
+
+
+def shard_local(mesh: Mesh, rows):
+    """A global batch of which this process has its own rows: a pytree of numpy arrays [b, ...]."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda a: jax.make_array_from_process_local_data(sharding, a), rows)
+
+
+def shard(mesh: Mesh, rows):
+    """A global batch of which every process has all rows: a pytree of numpy arrays [B, ...]."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(
+        lambda a: jax.make_array_from_callback(a.shape, sharding, lambda index: a[index]), rows
+    )
+
+
+def gather(tree):
+    """A pytree of sharded arrays as numpy arrays, whole on every process: all must call it."""
+    if jax.process_count() == 1:
+        return jax.tree.map(np.asarray, tree)
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def barrier(name: str) -> None:
+    """Waits for the other processes."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def agree(value: int) -> int:
+    """Process 0's value on every process."""
+    if jax.process_count() == 1:
+        return value
+    return int(multihost_utils.broadcast_one_to_all(np.int64(value)))

@@ -1,0 +1,113 @@
+"""The sampling job: images of a trained model for a list of w, the same seeds for each.
+
+    python -m cfg_jax.sample --workdir=DIR --w=0,1,4 [--labels=0,3,7] [--per_label=8] [--seed=0]
+        [--classifier=DIR] [--config.sample.FIELD=VALUE ...] [--out=DIR]
+
+Writes samples_w*.png, one row a label, and samples.npz. DIR is a training folder or an exported
+.safetensors file.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+import tqdm
+from absl import flags
+from etils import epath
+
+from cfg_jax import command, generator
+from cfg_jax.data import images
+from cfg_jax.diffusion import guidance
+from cfg_jax.runtime import mesh as meshes
+from cfg_jax.types import UsageError
+
+
+def some_labels(num_classes: int) -> list[int]:
+    """All classes, or ten of them evenly spread: the rows of a grid."""
+    return [int(c) for c in np.linspace(0, num_classes - 1, min(num_classes, 10))]
+
+
+def name_w(w: float) -> str:
+    """w as both conventions have it: `w=0.5 (scale 1.5)`."""
+    return f"w={w:g} (scale {1 + w:g})"
+
+
+def parse_numbers(flag: str, text: str, kind: type) -> list:
+    """[0.0, 1.0] from "0,1". Raises UsageError where the text is not a list of numbers."""
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        example = "0,1,4" if kind is float else "0,3,7"
+        raise UsageError(
+            f"--{flag}={text}: a list of numbers is needed, such as --{flag}={example}."
+        ) from None
+
+
+def label_grid(out: np.ndarray, per_label: int) -> np.ndarray:
+    """Images in the order of their labels as one picture, a row a label, enlarged where tiny."""
+    return images.grid(out, per_label, scale=max(1, 48 // out.shape[1]))
+
+
+FLAGS = flags.FLAGS
+
+
+def _define_flags() -> None:
+    flags.DEFINE_string("workdir", None, "The folder of a trained model.", required=True)
+    flags.DEFINE_string("w", "0,1,4", "Guidance strengths, as the paper's w (scale - 1).")
+    flags.DEFINE_string(
+        "labels", None, "Labels, one row of the grid each; all (at most 10) if absent."
+    )
+    flags.DEFINE_integer("per_label", 8, "Images a label.", lower_bound=1)
+    flags.DEFINE_integer(
+        "seed", 0, "One seed for all: image i of each w starts from the same noise."
+    )
+    flags.DEFINE_string("classifier", None, "The folder of a noisy classifier that guides.")
+    flags.DEFINE_string("out", None, "Where the files go; the workdir if absent.")
+    flags.DEFINE_bool("distributed", False, "Join the other processes of a cluster.")
+
+
+def main(config: dict[str, Any]) -> None:
+    """Samples a grid for each w and writes the pictures and the array."""
+    w = parse_numbers("w", FLAGS.w, float)
+    for strength in w:
+        guidance.check_w(strength)
+    meshes.initialize_distributed(FLAGS.distributed)
+    meshes.split_cpu(config["sample"]["batch_size"])
+    model, step = generator.load(FLAGS.workdir, config, FLAGS.classifier)
+    rows = (
+        parse_numbers("labels", FLAGS.labels, int)
+        if FLAGS.labels
+        else some_labels(model.model.dataset.num_classes)
+    )
+    labels = np.repeat(rows, FLAGS.per_label)
+    model.check(labels, w, FLAGS.seed)
+    out = epath.Path(FLAGS.out or FLAGS.workdir)
+    first = jax.process_index() == 0
+    bar = tqdm.tqdm(total=len(w) * len(labels), unit="image", disable=not first)
+    sampled = {}
+    for strength in w:
+        bar.set_description(name_w(strength))
+        sampled[strength] = model(labels, strength, seed=FLAGS.seed, progress=bar.update)
+    bar.close()
+    if not first:
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    for strength, pictures in sampled.items():
+        path = out / f"samples_w{strength:g}.png"
+        images.save_png(path, label_grid(pictures, FLAGS.per_label))
+        print(f"{name_w(strength)}: {path}")
+    with (out / "samples.npz").open("wb") as file:
+        np.savez_compressed(
+            file,
+            images=np.stack([sampled[s] for s in w]),
+            labels=labels,
+            w=np.asarray(w),
+            seed=FLAGS.seed,
+            step=step,
+        )
+    print(f"all of them: {out / 'samples.npz'}  (images [w, N, H, W, C], labels, w, seed, step)")
+
+
+if __name__ == "__main__":
+    _define_flags()
+    command.run(main, config=lambda typed: generator.saved_config(typed.get("workdir", "")))

@@ -1,0 +1,107 @@
+"""One step of training: state, batch and key in, state and metrics out. Pure, and the same on any
+mesh.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from cfg_jax.types import Array, Batch, Network, Params, UsageError
+
+
+class TrainState(NamedTuple):
+    """Where a run stands. `step` is its only clock: keys, data, learning rate and EMA follow from
+    it.
+    """
+
+    step: Array  # int32 []
+    params: Params
+    ema: Params
+    opt_state: optax.OptState
+
+
+@dataclasses.dataclass(frozen=True)
+class Ema:
+    """ema <- d ema + (1 - d) params in float32, d = min(decay, (1 + t) / (10 + t)) at step t."""
+
+    decay: float = 0.9999
+
+    def __post_init__(self):
+        if not 0 <= self.decay < 1:
+            raise UsageError(
+                f"ema.decay={self.decay}: must lie in [0, 1); the paper's code has 0.9999."
+            )
+
+    def __call__(self, ema: Params, params: Params, step: Array) -> Params:
+        t = step.astype(jnp.float32)
+        rate = 1 - jnp.minimum(self.decay, (1 + t) / (10 + t))
+        return jax.tree.map(lambda e, p: e + rate * (p - e), ema, params)
+
+
+def adam(
+    *,
+    learning_rate: float = 1e-4,
+    warmup_steps: int = 1000,  # linear, from 1/warmup_steps of the rate
+    clip_norm: float = 1.0,  # of the whole gradient; 0 does not clip
+    b1: float = 0.9,
+    b2: float = 0.999,
+    weight_decay: float = 0.0,
+) -> optax.GradientTransformation:
+    """Adam with linear warm-up and clipping by global norm; AdamW where weight_decay is not 0.
+
+    Raises UsageError for a learning rate that is not positive, or a negative number elsewhere.
+    """
+    if not learning_rate > 0 or warmup_steps < 0 or not clip_norm >= 0 or not weight_decay >= 0:
+        raise UsageError(
+            f"optimizer: learning_rate={learning_rate} must be positive, "
+            f"warmup_steps={warmup_steps}, clip_norm={clip_norm} and "
+            f"weight_decay={weight_decay} not negative."
+        )
+    if not (0 <= b1 < 1 and 0 <= b2 < 1):
+        raise UsageError(f"optimizer: b1={b1} and b2={b2} must lie in [0, 1).")
+
+    def rate(step):
+        return learning_rate * jnp.minimum(1.0, (step + 1) / max(warmup_steps, 1))
+
+    return optax.chain(
+        optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity(),
+        optax.adamw(rate, b1=b1, b2=b2, weight_decay=weight_decay),
+    )
+
+
+def init_state(key: Array, network: Network, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state at step 0, a function of the key alone; the EMA starts at the parameters."""
+    params = network.init(key)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        ema=jax.tree.map(jnp.copy, params),
+        opt_state=optimizer.init(params),
+    )
+
+
+def train_step(
+    state: TrainState, frozen: Params, batch: Batch, key: Array, *, loss, optimizer, ema: Ema
+) -> tuple[TrainState, dict[str, Array]]:
+    """One update. The randomness of step t is fold_in(key, t).
+
+    loss(params, frozen, batch, key) -> (scalar, metrics). The metrics returned are its own, with
+    `loss` and `grad_norm` (before clipping): where both are finite, so is the state returned.
+    """
+    key = jax.random.fold_in(key, state.step)
+    (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(
+        state.params, frozen, batch, key
+    )
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics = {"loss": value, "grad_norm": optax.global_norm(grads), **metrics}
+    return (
+        TrainState(state.step + 1, params, ema(state.ema, params, state.step), opt_state),
+        metrics,
+    )
+
+
+OPTIMIZERS = {"adam": adam}

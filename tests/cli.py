@@ -1,0 +1,140 @@
+"""Runs the jobs as a user does, without paying seconds of imports for each.
+
+A zygote imports the package once, before jax starts a backend, and forks for every call: each call
+is a process of its own, with its own flags, devices, signals and exit status.
+"""
+
+import dataclasses
+import json
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from pathlib import Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    status: int  # negative: the signal that ended it
+    out: str
+    err: str
+
+    @property
+    def errors(self) -> list[str]:
+        """The lines told to the user."""
+        return [line for line in self.err.splitlines() if line.startswith("error: ")]
+
+
+@dataclasses.dataclass(frozen=True)
+class Running:
+    pid: int
+    folder: Path
+
+    def err(self) -> str:
+        return (self.folder / "err").read_text()
+
+    def kill(self, signal: int) -> None:
+        os.kill(self.pid, signal)
+
+    def wait(self, timeout: float = 500) -> Result:
+        deadline = time.monotonic() + timeout
+        while not (self.folder / "status").exists():
+            if time.monotonic() > deadline:
+                self.kill(9)
+                raise TimeoutError(self.err()[-3000:])
+            time.sleep(0.02)
+        status = int((self.folder / "status").read_text())
+        return Result(status, (self.folder / "out").read_text(), self.err())
+
+
+class Cli:
+    """cli("train", "--config=digits", ...) -> Result."""
+
+    def __init__(self):
+        self._zygote = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+            # What one call has compiled the next one takes.
+            | {
+                "JAX_COMPILATION_CACHE_DIR": tempfile.mkdtemp(prefix="cfg_jax_cache_"),
+                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+                "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            },
+        )
+
+    def start(self, job: str, *args: str, env: dict[str, str] | None = None) -> Running:
+        folder = tempfile.mkdtemp(prefix="cfg_jax_cli_")
+        request = {"job": job, "args": list(args), "env": env or {}, "folder": folder}
+        self._zygote.stdin.write(json.dumps(request) + "\n")
+        self._zygote.stdin.flush()
+        return Running(int(self._zygote.stdout.readline()), Path(folder))
+
+    def __call__(self, job: str, *args: str, env: dict[str, str] | None = None) -> Result:
+        return self.start(job, *args, env=env).wait()
+
+    def close(self) -> None:
+        self._zygote.stdin.close()
+        self._zygote.wait()
+
+
+def _run_job(request: dict) -> None:
+    """In a fork: the job in place of this process."""
+    folder = Path(request["folder"])
+    for name, number in (("out", 1), ("err", 2)):
+        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), number)
+    os.environ.update(request["env"])
+    sys.argv = [request["job"], *request["args"]]
+    status = 1
+    try:
+        runpy.run_module(f"cfg_jax.{request['job']}", run_name="__main__")
+        status = 0
+    except SystemExit as exit:
+        status = exit.code if isinstance(exit.code, int) else int(exit.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _mind_job(request: dict) -> None:
+    """In a fork: runs the job in another, says its number, and leaves its status behind."""
+    pid = os.fork()
+    if pid == 0:
+        _run_job(request)
+    print(pid, flush=True)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    done = Path(request["folder"]) / "status"
+    done.with_suffix(".partial").write_text(str(status))
+    done.with_suffix(".partial").rename(done)
+    os._exit(0)
+
+
+def _zygote() -> None:
+    import cfg_jax.api
+    import cfg_jax.data.builders  # what the data room would import at first use
+    import cfg_jax.train  # noqa: F401
+
+    # No backend is up and no other thread runs: forking is safe here.
+    warnings.filterwarnings("ignore", category=RuntimeWarning)
+    for line in sys.stdin:
+        request = json.loads(line)
+        if os.fork() == 0:
+            _mind_job(request)
+        while True:  # minders that have ended
+            try:
+                if os.waitpid(-1, os.WNOHANG) == (0, 0):
+                    break
+            except ChildProcessError:
+                break
+
+
+if __name__ == "__main__":
+    _zygote()

@@ -1,0 +1,57 @@
+"""Every test sees eight CPU devices, as on a small pod; set before the backend starts."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_cpu_collective_call_warn_stuck_timeout_seconds=300"
+    + " --xla_cpu_collective_call_terminate_timeout_seconds=600"
+)
+
+import jax
+
+jax.config.update("jax_num_cpu_devices", 8)
+# Compiling is most of what a small network costs a test.
+jax.config.update("jax_disable_most_optimizations", True)
+import pytest
+from cli import Cli
+
+
+@pytest.fixture(scope="session")
+def cli():
+    """cli("train", "--config=digits", ...) -> Result: the jobs as a user runs them."""
+    runner = Cli()
+    yield runner
+    runner.close()
+
+
+# A digits run small enough for a test: 8x8 images, 33 thousand parameters, 8 noise levels.
+TINY = (
+    "--config=digits",
+    "--config.model.channels=8",
+    "--config.model.num_res_blocks=1",
+    "--config.model.channel_mult=(1,1)",
+    "--config.model.head_channels=8",
+    "--config.train.batch_size=16",
+    "--config.train.log_every=5",
+    "--config.train.checkpoint_every=10",
+    "--config.train.sample_every=0",
+    "--config.sample.steps=8",
+    "--config.sample.batch_size=16",
+)
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """The flags of a run small enough for a test."""
+    return TINY
+
+
+@pytest.fixture(scope="session")
+def trained(cli, tiny, tmp_path_factory):
+    """The folder of a tiny run of 20 steps."""
+    workdir = tmp_path_factory.mktemp("trained")
+    result = cli("train", *tiny, f"--workdir={workdir}", "--config.train.steps=20")
+    assert result.status == 0, result.err[-3000:]
+    return workdir
