@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from cfg_jax import experiment
 from cfg_jax import generator as generators
 from cfg_jax.models import weights
 from cfg_jax.runtime import mesh as meshes
@@ -62,6 +63,9 @@ def load(path: str, classifier: str | None = None) -> Model:
     `classifier` is the folder of a noisy classifier, for a model whose config guides by one. Raises
     UsageError where there is no model at the path.
     """
-    config = generators.saved_config(path)
+    config = generators.saved_config(path, "path")
     meshes.split_cpu(config["sample"]["batch_size"])
-    return Model(*generators.load(path, config, classifier))
+    model, guide = experiment.build(config), None
+    if classifier:
+        guide = experiment.build(generators.saved_config(classifier, "classifier"))
+    return Model(*generators.load(path, model, classifier, guide))

@@ -24,7 +24,7 @@ def run(main: Callable, config: Callable[[dict[str, str]], dict] | None = None) 
             holder = None
         else:
             argv, typed = _take_config(argv)
-            base = experiment.SCHEMA.complete(_rename(config(typed), argv))
+            base = experiment.SCHEMA.complete(_rename(config(typed), argv), missing_ok=True)
             _check_paths(argv, base)
             sys.argv = argv  # where config_flags looks for the overrides
             holder = config_flags.DEFINE_config_dict("config", experiment.SCHEMA.overridable(base))
@@ -54,11 +54,11 @@ def _leave(error: UsageError) -> None:
 
 
 def _take_config(argv: list[str]) -> tuple[list[str], dict[str, str]]:
-    """argv without --config, and the flags typed; `--workdir DIR` becomes `--workdir=DIR`."""
+    """argv without --config, and the flags typed; `--flag value` becomes `--flag=value`."""
     out, typed = argv[:1], {}
     rest = iter(argv[1:])
     for arg in rest:
-        if re.fullmatch(r"--?(config|workdir)", arg):
+        if re.fullmatch(r"--?(config(\.[\w.]+)?|workdir)", arg):
             arg = f"{arg}={next(rest, '')}"
         if match := re.fullmatch(r"--?(\w+)=(.*)", arg, re.DOTALL):
             typed[match[1]] = match[2]
@@ -77,7 +77,7 @@ def _rename(config: dict, argv: list[str]) -> dict:
     """Another entry of a table brings its own fields: those of the one it replaces are dropped."""
     for path, value in _overrides(argv).items():
         *parents, last = path.split(".")
-        if last != "name":
+        if last != "name" or ".".join(parents) not in experiment.SCHEMA.tables:
             continue
         section = config
         for parent in parents[:-1]:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import optax
-from flax import nnx
 
 from cfg_jax import schema, train_step
 from cfg_jax.data import datasets, images
@@ -38,6 +37,10 @@ class Train:
                 raise UsageError(f"train.{name}={getattr(self, name)}: must be at least 1.")
         if self.sample_every < 0:
             raise UsageError(f"train.sample_every={self.sample_every}: 0 for none, or more.")
+        if not 0 <= self.seed < 2**32:
+            raise UsageError(f"train.seed={self.seed}: must lie in 0 to 2^32 - 1.")
+        if self.sample_every and not self.sample_w:
+            raise UsageError("train.sample_w is empty: give a w, or train.sample_every=0.")
         for w in self.sample_w:
             guidance.check_w(w)
 
@@ -134,12 +137,19 @@ def config_file(name: str) -> Path:
 
 
 def load_config(name: str) -> dict[str, Any]:
-    """The dict that get_config() of an experiment's file returns."""
+    """The dict that get_config() of an experiment's file returns.
+
+    Raises UsageError for a file that is not there, fails, or has no get_config.
+    """
     path = config_file(name)
     spec = importlib.util.spec_from_file_location(f"cfg_jax_config_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config().to_dict()
+    try:
+        spec.loader.exec_module(module)
+        return module.get_config().to_dict()
+    except Exception as error:  # whatever a user's file does
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UsageError(f"--config={name}: {reason}") from error
 
 
 def _options(section: Mapping[str, Any]) -> dict[str, Any]:
@@ -147,14 +157,10 @@ def _options(section: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _build_network(model: Mapping[str, Any], told: Mapping[str, Any]) -> Network:
-    cls = networks.MODELS[model["name"]]
-    takes = inspect.signature(cls).parameters
-    arguments = {**_options(model), **{k: v for k, v in told.items() if k in takes}}
-
-    def build(rngs: nnx.Rngs) -> nnx.Module:
-        return cls(**arguments, rngs=rngs)
-
-    return networks.network(build, sinusoid_input=schedules.sinusoid_input)
+    takes = inspect.signature(networks.MODELS[model["name"]]).parameters
+    told = {name: value for name, value in told.items() if name in takes}
+    module = networks.make(model["name"], **_options(model), **told)
+    return networks.network(module, sinusoid_input=schedules.sinusoid_input)
 
 
 def build(config: Mapping[str, Any]) -> Experiment:

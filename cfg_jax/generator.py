@@ -6,13 +6,13 @@ jobs and the Python API are doors to it.
 
 import functools
 import json
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from cfg_jax import experiment
 from cfg_jax.data import images
@@ -22,6 +22,10 @@ from cfg_jax.models import weights
 from cfg_jax.runtime import checkpoint
 from cfg_jax.runtime import mesh as meshes
 from cfg_jax.types import Array, Params, UsageError
+
+# fold_in(key, 0) and (key, 1) are what training makes of an equal seed: its parameters and its
+# steps.
+_STREAM = 2
 
 
 def reverse_chain(
@@ -39,7 +43,7 @@ def reverse_chain(
     params {"model": ..., "classifier": ...}; label, index int32 [B]; w [] or [B]; seed []. Image
     i's draws come from fold_in(key(seed), index[i]) alone.
     """
-    key = jax.random.key(seed)
+    key = jax.random.fold_in(jax.random.key(seed), _STREAM)
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
 
     def bind(label: Array):
@@ -92,11 +96,32 @@ def check_guidance(
         )
 
 
+def check_request(
+    model: experiment.Experiment,
+    classifier: experiment.Experiment | None,
+    labels: Sequence[int],
+    w: float | Sequence[float],
+    seed: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """labels and w as arrays. Raises UsageError for one, or a seed, out of range."""
+    labels, w = np.asarray(labels), np.asarray(w, np.float32)
+    classes = model.dataset.num_classes
+    if labels.ndim != 1 or not len(labels) or labels.dtype.kind not in "iu":
+        raise UsageError("labels must be a list of whole numbers, at least one.")
+    if outside := sorted({int(c) for c in labels if not 0 <= c < classes}):
+        raise UsageError(f"labels {outside} are outside the classes 0 to {classes - 1}.")
+    if not 0 <= seed < 2**32:
+        raise UsageError(f"seed={seed}: must lie in 0 to 2^32 - 1.")
+    check_guidance(model, classifier, np.unique(w))
+    return labels, w
+
+
 class Generator:
     """A model on this machine's devices, its reverse chain compiled once for all w, seeds and
     labels.
 
-    params {"model": ...} and, for classifier guidance, "classifier".
+    params {"model": ...} and, for classifier guidance, "classifier"; on `mesh`, all devices if none
+    is given.
     """
 
     def __init__(
@@ -104,9 +129,11 @@ class Generator:
         model: experiment.Experiment,
         params: dict[str, Params],
         classifier: experiment.Experiment | None = None,
+        *,
+        mesh: Mesh | None = None,
     ):
         self.model, self.classifier = model, classifier
-        self.mesh = meshes.make_mesh()
+        self.mesh = mesh or meshes.make_mesh()
         self.params = params
         self.batch_size = -(-model.sample.batch_size // self.mesh.size) * self.mesh.size
         rows = meshes.batch_sharding(self.mesh)
@@ -122,11 +149,10 @@ class Generator:
         added repeat the last one and are dropped.
         """
         n = len(labels)
-        filled = min(
-            self.batch_size, self.mesh.size * 2 ** math.ceil(math.log2(n / self.mesh.size))
-        )
+        each = -(-n // self.mesh.size)  # rows a device
+        filled = min(self.batch_size, self.mesh.size << (each - 1).bit_length())
+        pad = np.minimum(np.arange(filled), n - 1)
         w = np.asarray(w, np.float32)
-        pad = np.minimum(np.arange(max(filled, self.mesh.size)), n - 1)
         rows = {
             "label": np.asarray(labels, np.int32)[pad],
             "index": np.asarray(index, np.int32)[pad],
@@ -154,13 +180,15 @@ class Generator:
         `progress` is told how many images are done. Raises UsageError for a label outside the
         classes or a bad w.
         """
-        labels, w = self.check(labels, w, seed)
+        labels, w = check_request(self.model, self.classifier, labels, w, seed)
         index = np.arange(len(labels)) if index is None else np.asarray(index)
         if index.shape != labels.shape or (w.ndim and w.shape != labels.shape):
             raise UsageError(
                 f"labels {labels.shape}, index {index.shape} and w {w.shape} must be of one "
                 "length; w may be one number."
             )
+        if index.dtype.kind not in "iu" or index.min() < 0 or index.max() >= 2**31:
+            raise UsageError("index must hold whole numbers from 0 to 2^31 - 1.")
         out = []
         for at in range(0, len(labels), self.batch_size):
             part = slice(at, at + self.batch_size)
@@ -168,47 +196,9 @@ class Generator:
             progress(len(out[-1]))
         return np.concatenate(out)
 
-    def check(
-        self, labels: Sequence[int], w: float | Sequence[float], seed: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """labels and w as arrays. Raises UsageError for one, or a seed, out of range."""
-        labels, w = np.asarray(labels), np.asarray(w, np.float32)
-        classes = self.model.dataset.num_classes
-        if labels.ndim != 1 or not len(labels) or labels.dtype.kind not in "iu":
-            raise UsageError("labels must be a list of whole numbers, at least one.")
-        if outside := sorted({int(c) for c in labels if not 0 <= c < classes}):
-            raise UsageError(f"labels {outside} are outside the classes 0 to {classes - 1}.")
-        if not 0 <= seed < 2**32:
-            raise UsageError(f"seed={seed}: must lie in 0 to 2^32 - 1.")
-        check_guidance(self.model, self.classifier, np.unique(w))
-        return labels, w
-
     def compilations(self) -> int:
         """How many programs were compiled so far: one a batch size, for all w, seeds and labels."""
         return self._program._cache_size()
-
-
-def load_ema(path: str, model: experiment.Experiment) -> tuple[int, Params]:
-    """(step, EMA parameters) of a run's newest checkpoint or an exported file, on every device.
-
-    Raises UsageError where there are none, or where they are another network's.
-    """
-    everywhere = meshes.replicated(meshes.make_mesh())
-    wanted = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere),
-        jax.eval_shape(model.network.init, jax.random.key(0)),
-    )
-    if is_export(path):
-        params, metadata = weights.load_safetensors(path)
-        weights.check_shapes(path, params, wanted)
-        return int(metadata["step"]), jax.device_put(params, everywhere)
-    checkpoints = checkpoint.Checkpoints(path, read_only=True)
-    found = checkpoints.restore(ema=wanted)
-    checkpoints.close()
-    if found is None:
-        raise UsageError(f"{path} has no checkpoint yet: train there first.")
-    step, items = found
-    return step, items["ema"]
 
 
 def is_export(path: str) -> bool:
@@ -216,8 +206,11 @@ def is_export(path: str) -> bool:
     return str(path).endswith(".safetensors")
 
 
-def saved_config(path: str) -> dict[str, Any]:
-    """The complete config of a run or an exported file. Raises UsageError if there is none."""
+def saved_config(path: str, flag: str = "--workdir") -> dict[str, Any]:
+    """The complete config of a run or an exported file. Raises UsageError if there is none.
+
+    `flag` is what the user gave the path by.
+    """
     if path and is_export(path):
         _, metadata = weights.load_safetensors(path)
         if "config" not in metadata:
@@ -227,21 +220,49 @@ def saved_config(path: str) -> dict[str, Any]:
         config = checkpoint.read_config(path) if path else None
     if config is None:
         raise UsageError(
-            f"--workdir={path} holds no trained model: "
+            f"{flag}={path} holds no trained model: "
             "python -m cfg_jax.train --config=digits --workdir=DIR makes one."
         )
     return experiment.SCHEMA.complete(config)
 
 
+def load_ema(path: str, model: experiment.Experiment, shardings: Any = None) -> tuple[int, Params]:
+    """(step, EMA parameters) of a run's newest checkpoint or an exported file.
+
+    They lie as `shardings` says, on every device whole by default. Raises UsageError where there
+    are none, or where they are another network's.
+    """
+    shapes = jax.eval_shape(model.network.init, jax.random.key(0))
+    if shardings is None:
+        everywhere = meshes.replicated(meshes.make_mesh())
+        shardings = jax.tree.map(lambda _: everywhere, shapes)
+    if is_export(path):
+        params, metadata = weights.load_safetensors(path)
+        weights.check_shapes(path, params, shapes)
+        return int(metadata["step"]), jax.device_put(params, shardings)
+    checkpoints = checkpoint.Checkpoints(path, read_only=True)
+    found = checkpoints.restore(ema=meshes.placed(shapes, shardings))
+    checkpoints.close()
+    if found is None:
+        raise UsageError(f"{path} has no checkpoint yet: train there first.")
+    step, items = found
+    return step, items["ema"]
+
+
 def load(
-    path: str, config: dict[str, Any] | None = None, classifier: str | None = None
+    path: str,
+    model: experiment.Experiment,
+    classifier_path: str | None = None,
+    classifier: experiment.Experiment | None = None,
 ) -> tuple[Generator, int]:
-    """A generator from the EMA of a run or an exported file, and the step it was saved at."""
-    model = experiment.build(config or saved_config(path))
-    guide = experiment.build(saved_config(classifier)) if classifier else None
-    check_guidance(model, guide, [])
+    """A generator from the EMA of a run or an exported file, and the step it was saved at.
+
+    The experiments are what `experiment.build` makes of the `saved_config`s. Raises UsageError
+    where there is no model, or the two do not go together.
+    """
+    check_guidance(model, classifier, [])
     step, ema = load_ema(path, model)
     params = {"model": ema}
-    if guide is not None:
-        params["classifier"] = load_ema(classifier, guide)[1]
-    return Generator(model, params, guide), step
+    if classifier is not None:
+        params["classifier"] = load_ema(classifier_path, classifier)[1]
+    return Generator(model, params, classifier), step

@@ -15,9 +15,8 @@ import tqdm
 from absl import flags
 from etils import epath
 
-from cfg_jax import command, generator
+from cfg_jax import command, experiment, generator
 from cfg_jax.data import images
-from cfg_jax.diffusion import guidance
 from cfg_jax.runtime import mesh as meshes
 from cfg_jax.types import UsageError
 
@@ -68,44 +67,48 @@ def _define_flags() -> None:
 
 def main(config: dict[str, Any]) -> None:
     """Samples a grid for each w and writes the pictures and the array."""
-    w = parse_numbers("w", FLAGS.w, float)
-    for strength in w:
-        guidance.check_w(strength)
+    w = list(dict.fromkeys(parse_numbers("w", FLAGS.w, float)))
     meshes.initialize_distributed(FLAGS.distributed)
     meshes.split_cpu(config["sample"]["batch_size"])
-    model, step = generator.load(FLAGS.workdir, config, FLAGS.classifier)
-    rows = (
-        parse_numbers("labels", FLAGS.labels, int)
-        if FLAGS.labels
-        else some_labels(model.model.dataset.num_classes)
-    )
+    model, classifier = experiment.build(config), None
+    if FLAGS.classifier is not None:
+        classifier = experiment.build(generator.saved_config(FLAGS.classifier, "--classifier"))
+    if FLAGS.labels is None:
+        rows = some_labels(model.dataset.num_classes)
+    else:
+        rows = parse_numbers("labels", FLAGS.labels, int)
     labels = np.repeat(rows, FLAGS.per_label)
-    model.check(labels, w, FLAGS.seed)
-    out = epath.Path(FLAGS.out or FLAGS.workdir)
+    generator.check_request(model, classifier, labels, w, FLAGS.seed)
+    sampled, step = generator.load(FLAGS.workdir, model, FLAGS.classifier, classifier)
+    home = epath.Path(FLAGS.workdir)
+    out = epath.Path(FLAGS.out) if FLAGS.out else home.parent if home.is_file() else home
     first = jax.process_index() == 0
+    if first:
+        make_folder(out)
     bar = tqdm.tqdm(total=len(w) * len(labels), unit="image", disable=not first)
-    sampled = {}
+    pictures = []
     for strength in w:
         bar.set_description(name_w(strength))
-        sampled[strength] = model(labels, strength, seed=FLAGS.seed, progress=bar.update)
+        pictures.append(sampled(labels, strength, seed=FLAGS.seed, progress=bar.update))
     bar.close()
     if not first:
         return
-    out.mkdir(parents=True, exist_ok=True)
-    for strength, pictures in sampled.items():
-        path = out / f"samples_w{strength:g}.png"
-        images.save_png(path, label_grid(pictures, FLAGS.per_label))
+    for strength, images_of_w in zip(w, pictures, strict=True):
+        path = out / f"samples_w{strength:.10g}.png"
+        images.save_png(path, label_grid(images_of_w, FLAGS.per_label))
         print(f"{name_w(strength)}: {path}")
+    arrays = {"images": np.stack(pictures), "labels": labels, "w": np.asarray(w)}
     with (out / "samples.npz").open("wb") as file:
-        np.savez_compressed(
-            file,
-            images=np.stack([sampled[s] for s in w]),
-            labels=labels,
-            w=np.asarray(w),
-            seed=FLAGS.seed,
-            step=step,
-        )
+        np.savez_compressed(file, **arrays, seed=FLAGS.seed, step=step)
     print(f"all of them: {out / 'samples.npz'}  (images [w, N, H, W, C], labels, w, seed, step)")
+
+
+def make_folder(path: epath.Path) -> None:
+    """Makes the folder that results go to. Raises UsageError where that cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written to: {error}") from error
 
 
 if __name__ == "__main__":

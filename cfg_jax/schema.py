@@ -36,7 +36,7 @@ def unknown_field(path: str, known: Collection[str]) -> UsageError:
 
 def entry(path: str, table: Mapping[str, Any], name: str) -> Any:
     """table[name], or the UsageError that says what there is."""
-    if name not in table:
+    if not isinstance(name, str) or name not in table:
         raise unknown(path, name, table)
     return table[name]
 
@@ -54,10 +54,11 @@ class Schema:
     names: Mapping[str, str]
     bound: Mapping[str, Collection[str]]
 
-    def complete(self, config: Mapping[str, Any]) -> dict[str, Any]:
+    def complete(self, config: Mapping[str, Any], *, missing_ok: bool = False) -> dict[str, Any]:
         """The config as a plain dict with every field of every signature in it, tuples for lists.
 
-        Raises UsageError for an unknown section, entry or field, and for one that is missing.
+        Raises UsageError for an unknown section, entry or field, and for one that is missing; with
+        `missing_ok` that is None, for the command line to give.
         """
         top = {p for p in (*self.tables, *self.sections, *self.scalars) if "." not in p}
         for key in config:
@@ -65,10 +66,10 @@ class Schema:
                 raise unknown_field(key, top)
         out = {**self.scalars, **{k: config[k] for k in self.scalars if k in config}}
         for path in sorted(top - set(self.scalars)):
-            out[path] = self._section(path, config.get(path, {}))
+            out[path] = self._section(path, config.get(path, {}), missing_ok)
         return out
 
-    def _section(self, path: str, given: Any) -> dict[str, Any]:
+    def _section(self, path: str, given: Any, missing_ok: bool) -> dict[str, Any]:
         if not isinstance(given, Mapping):
             raise UsageError(f"config.{path}={given!r} must be a section, with fields of its own.")
         fields = dict(given)
@@ -86,13 +87,13 @@ class Schema:
                 raise unknown_field(f"{path}.{key}", known)
         for key, (default, annotation) in known.items():
             if f"{path}.{key}" in self.tables:
-                out[key] = self._section(f"{path}.{key}", fields.get(key, {}))
-            elif key in fields:
-                out[key] = _convert(f"{path}.{key}", fields[key], annotation)
-            elif default is inspect.Parameter.empty:
-                raise UsageError(f"config.{path}.{key} is missing, and has no default.")
-            else:
+                out[key] = self._section(f"{path}.{key}", fields.get(key, {}), missing_ok)
+            elif default is not inspect.Parameter.empty and key not in fields:
                 out[key] = default
+            elif missing_ok or fields.get(key) is not None or default is None:
+                out[key] = _convert(f"{path}.{key}", fields.get(key), annotation)
+            else:
+                raise UsageError(f"config.{path}.{key} is missing, and has no default.")
         return out
 
     def overridable(self, config: Mapping[str, Any]) -> config_dict.ConfigDict:
@@ -149,7 +150,10 @@ def _convert(path: str, value: Any, annotation: Any) -> Any:
     if kind is tuple and isinstance(value, list | tuple):
         args = [a for a in typing.get_args(annotation) if a is not type(None)]
         of = args[0] if typing.get_origin(annotation) is tuple else typing.get_args(args[0])[0]
-        return tuple(float(v) if of is float else v for v in value)
+        value = tuple(float(v) if isinstance(v, int) and of is float else v for v in value)
+        if of in (int, float, str) and not all(isinstance(v, of) for v in value):
+            raise UsageError(f"config.{path}={value!r}: values of type {of.__name__} are needed.")
+        return value
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise UsageError(f"config.{path}={value!r}: a value of type {kind.__name__} is needed.")
     return value

@@ -7,12 +7,9 @@ Writes config.json, checkpoints/, metrics.jsonl, TensorBoard events and sample g
 Run again with the same workdir it goes on where it stopped, to the bit.
 """
 
+import contextlib
 import functools
-import itertools
-import math
-import signal
 import sys
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,10 +22,13 @@ from etils import epath
 from cfg_jax import command, experiment, generator, probes, sample, train_step
 from cfg_jax.data import batches as batching
 from cfg_jax.data import images
+from cfg_jax.models import weights
 from cfg_jax.runtime import checkpoint
 from cfg_jax.runtime import logging as runlog
 from cfg_jax.runtime import mesh as meshes
-from cfg_jax.types import Array, UsageError
+from cfg_jax.runtime import stop as stops
+from cfg_jax.runtime import window as windows
+from cfg_jax.types import Params, UsageError
 
 # A run may go on with other values of these; everything else is what the run is.
 MAY_CHANGE = (
@@ -43,16 +43,14 @@ MAY_CHANGE = (
 )
 
 
-class Diverged(RuntimeError):
-    """A loss or a gradient that is not finite, and the step it came at."""
-
-
 def check_same_run(workdir: str, config: Mapping[str, Any]) -> None:
-    """Raises UsageError where the workdir holds a run of another config, naming the fields."""
-    saved = checkpoint.read_config(workdir)
-    if saved is None:
-        return
-    there, here = _flat(experiment.SCHEMA.complete(saved)), _flat(config)
+    """Raises UsageError where the workdir has checkpoints of another config, naming the fields."""
+    if epath.Path(workdir).exists() and not epath.Path(workdir).is_dir():
+        raise UsageError(f"--workdir={workdir} is a file: name a folder, new or of this run.")
+    if not checkpoint.has_checkpoint(workdir):
+        return  # whatever was tried there has left nothing to protect
+    there = _flat(experiment.SCHEMA.complete(checkpoint.read_config(workdir) or {}))
+    here = _flat(config)
     other = [
         f"{path}={here.get(path)!r} (there {there.get(path)!r})"
         for path in sorted(there.keys() | here.keys())
@@ -81,87 +79,58 @@ def items(state: train_step.TrainState) -> dict[str, Any]:
     }
 
 
-def start_from(state: train_step.TrainState, ema: Any, shardings: Any) -> train_step.TrainState:
-    """The state with parameters and EMA from another run's EMA, in buffers of their own."""
-    copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings)
-    return state._replace(params=copy(ema), ema=copy(ema))
+def load_start(init_from: str, model: experiment.Experiment, shardings: Any) -> Any:
+    """Another run's EMA to start from. Raises UsageError unless it is of the same network."""
+    other = experiment.build(generator.saved_config(init_from, "--init_from"))
+    ours, theirs = (jax.eval_shape(m.network.init, jax.random.key(0)) for m in (model, other))
+    weights.check_shapes(f"--init_from={init_from}", theirs, ours)
+    step, ema = generator.load_ema(init_from, model, shardings)
+    runlog.say(f"starting from the EMA of {init_from} at step {step}")
+    return ema
 
 
-def check_init_from(init_from: str, model: experiment.Experiment) -> None:
-    """Raises UsageError unless init_from is a run of the same network and data set."""
-    theirs = experiment.SCHEMA.complete(generator.saved_config(init_from))
-    for section in ("model", "dataset"):
-        if theirs[section] != model.config[section]:
-            raise UsageError(
-                f"--init_from={init_from} has another {section} than this config: "
-                f"{theirs[section]} there, {model.config[section]} here."
-            )
+class LabelProbes:
+    """The start-up probes of a run that drops labels: each once, as soon as it can tell."""
 
+    STEPS = 10  # a network that starts at zero says nothing of its label in the first few
 
-class Window:
-    """The metrics of the steps since the last look: on the device until then, so no step waits."""
+    def __init__(self, model: experiment.Experiment):
+        self._p_uncond = model.config["loss"]["p_uncond"]
+        self._outputs = probes.label_outputs(
+            model.network, image_shape=model.dataset.image_shape, null_label=model.null_label
+        )
+        self._rate_told = self._label_told = False
 
-    def __init__(self):
-        self._metrics: list[tuple[int, dict[str, Array]]] = []
-        self._since = time.monotonic()
+    def at_start(self, params: Params) -> None:
+        """Is the label wired to the output? Raises ProbeError."""
+        probes.labels_differ(meshes.gather(self._outputs(params, 0.1)))
 
-    def add(self, step: int, metrics: dict[str, Array]) -> None:
-        """Keeps a step's metrics, and lets the host run at most two steps ahead of the devices."""
-        self._metrics.append((step, metrics))
-        if len(self._metrics) > 2:
-            jax.block_until_ready(self._metrics[-3][1])
+    def after(self, step: int, params: Params, means: Mapping[str, float], count: int) -> None:
+        """Does it move what was learned, and were as many dropped as asked? Raises ProbeError.
 
-    def close(self, batch_size: int) -> dict[str, float]:
-        """The means over the window and its speed; empties it.
-
-        Raises Diverged, naming the first step whose loss or gradient is not finite.
+        means are over `count` images.
         """
-        steps = [step for step, _ in self._metrics]
-        fetched = jax.device_get([metrics for _, metrics in self._metrics])
-        for step, metrics in zip(steps, fetched, strict=True):
-            if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
-                raise Diverged(
-                    f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']} at step {step}"
-                )
-        rate = len(steps) / max(time.monotonic() - self._since, 1e-9)
-        self._metrics, self._since = [], time.monotonic()
-        means = {name: float(np.mean([m[name] for m in fetched])) for name in fetched[0]}
-        return {**means, "steps_per_second": rate, "images_per_second": rate * batch_size}
-
-    def __len__(self) -> int:
-        return len(self._metrics)
-
-
-class Stop:
-    """Whether to leave between steps: a SIGTERM here, or, of several processes, to any of them."""
-
-    def __init__(self, checkpoints: checkpoint.Checkpoints):
-        self._checkpoints = checkpoints
-        self._told = False
-        # With several processes it is JAX's preemption service that hears the signal.
-        if jax.process_count() == 1:
-            signal.signal(signal.SIGTERM, self._hear)
-
-    def _hear(self, *_) -> None:
-        self._told = True
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one does not wait
-
-    def __call__(self, step: int) -> bool:
-        return self._told or self._checkpoints.preempted(step)
+        if not self._label_told and step >= self.STEPS:
+            self._label_told = True
+            probes.labels_differ(meshes.gather(self._outputs(params, 0.0)))
+        if not self._rate_told and count * min(self._p_uncond, 1 - self._p_uncond) >= 10:
+            self._rate_told = True
+            probes.drop_rate_holds(means["p_uncond"], count, self._p_uncond)
 
 
 def train(config: Mapping[str, Any], workdir: str, init_from: str | None = None) -> None:
     """Trains to the config's last step, from the newest checkpoint in workdir if there is one.
 
     Raises UsageError for what is wrong with the config or the folders, before anything is written;
-    Diverged for a loss that is not finite; ProbeError for a silent mistake.
+    Diverged for what is not finite; ProbeError for a silent mistake.
     """
     config = experiment.SCHEMA.complete(config)
     check_same_run(workdir, config)
     model = experiment.build(config)
-    if init_from:
-        check_init_from(init_from, model)
     plan = model.train
+    shows = plan.sample_every > 0 and not model.is_classifier
+    if shows:
+        generator.check_guidance(model, None, plan.sample_w)
     mesh = meshes.make_mesh(plan.fsdp)
     meshes.check_batch(mesh, plan.batch_size)
     batches = batching.Batches(
@@ -180,36 +149,6 @@ def train(config: Mapping[str, Any], workdir: str, init_from: str | None = None)
     )
     shapes = jax.eval_shape(init, key_init)
     shardings = meshes.state_shardings(mesh, shapes)
-    wanted = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        shapes,
-        shardings,
-    )
-    checkpoint.write_config(workdir, config)
-    checkpoints = checkpoint.Checkpoints(workdir, keep=plan.keep)
-    found = checkpoints.restore(**items(wanted))
-    if found is None:
-        state = jax.jit(init, out_shardings=shardings)(key_init)
-        if init_from:
-            step, ema = generator.load_ema(init_from, model)
-            state = start_from(state, ema, shardings.ema)
-            runlog.say(f"starting from the EMA of {init_from} at step {step}")
-    else:
-        state = train_step.TrainState(ema=found[1]["ema"], **found[1]["state"])
-    start = int(state.step)
-    if start:
-        runlog.say(f"going on from step {start} of {plan.steps}")
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes.params))
-    kind = jax.devices()[0].device_kind
-    runlog.say(f"{parameters:,} parameters on {mesh.size} devices ({kind})")
-
-    conditional = model.null_label is not None
-    if conditional:
-        label_outputs = probes.label_outputs(
-            model.network, image_shape=model.dataset.image_shape, null_label=model.null_label
-        )
-        probes.labels_differ(np.asarray(label_outputs(state.params, 0.1)))
-
     step_fn = jax.jit(
         functools.partial(
             train_step.train_step, loss=model.loss, optimizer=model.optimizer, ema=model.ema
@@ -217,18 +156,57 @@ def train(config: Mapping[str, Any], workdir: str, init_from: str | None = None)
         donate_argnums=0,
         out_shardings=(shardings, meshes.replicated(mesh)),
     )
-    shows = plan.sample_every > 0 and not model.is_classifier
-    sampled = generator.Generator(model, {}) if shows else None
-    log = runlog.RunLog(workdir, start=start, steps=plan.steps)
-    stop, window = Stop(checkpoints), Window()
-    rows_of_steps = batching.iterate(batches, start)
-    try:
-        for step, rows in itertools.takewhile(lambda item: item[0] < plan.steps, rows_of_steps):
+    rows = {
+        "image": jax.ShapeDtypeStruct((plan.batch_size, *model.dataset.image_shape), np.uint8),
+        "label": jax.ShapeDtypeStruct((plan.batch_size,), np.int32),
+    }
+    step_fn.eval_shape(shapes, {}, rows, key_train)  # what only a trace finds wrong is found here
+    new = not checkpoint.has_checkpoint(workdir)
+    start_from = load_start(init_from, model, shardings.ema) if init_from and new else None
+
+    checkpoint.write_config(workdir, config)
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(stops.Stop())
+        # Closing waits, on an error too: what has started to be saved is good, and is finished.
+        checkpoints = stack.enter_context(
+            contextlib.closing(checkpoint.Checkpoints(workdir, keep=plan.keep))
+        )
+        found = checkpoints.restore(**items(meshes.placed(shapes, shardings)))
+        if found is not None:
+            state = train_step.TrainState(ema=found[1]["ema"], **found[1]["state"])
+        else:
+            state = jax.jit(init, out_shardings=shardings)(key_init)
+        if start_from is not None:
+            copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings.ema)
+            state = state._replace(params=copy(start_from), ema=copy(start_from))
+        start = int(state.step)
+        if start >= plan.steps:
+            runlog.say(f"at step {start} already: nothing is left of {plan.steps}")
+            return
+        if start:
+            runlog.say(f"going on from step {start} of {plan.steps}")
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes.params))
+        kind = jax.devices()[0].device_kind
+        runlog.say(f"{parameters:,} parameters on {mesh.size} devices ({kind})")
+
+        label_probes = LabelProbes(model) if model.null_label is not None else None
+        if label_probes:
+            label_probes.at_start(state.params)
+        sampled = generator.Generator(model, {}, mesh=mesh) if shows else None
+        log = stack.enter_context(
+            contextlib.closing(runlog.RunLog(workdir, start=start, steps=plan.steps))
+        )
+        feed = stack.enter_context(contextlib.closing(batching.iterate(batches, start)))
+        window = windows.Window()
+        for step, rows in feed:
             state, metrics = step_fn(state, {}, meshes.shard_local(mesh, rows), key_train)
             done = step + 1
+            if step == start:
+                jax.block_until_ready(metrics)
+                window.restart_clock()  # that was the compiler
             window.add(step, metrics)
             log.advance()
-            leaving = stop(step)
+            leaving = stop(step, checkpoints)
             last = leaving or done == plan.steps
             look = last or done % plan.log_every == 0
             save = last or done % plan.checkpoint_every == 0
@@ -238,21 +216,17 @@ def train(config: Mapping[str, Any], workdir: str, init_from: str | None = None)
             count = len(window) * plan.batch_size
             means = window.close(plan.batch_size)
             log.scalars(done, means)
-            if conditional and start == 0 and done == count // plan.batch_size:
-                probes.drop_rate_holds(means["p_uncond"], count, config["loss"]["p_uncond"])
-                probes.labels_differ(np.asarray(label_outputs(state.params, 0.0)))
             if save:
                 checkpoints.save(done, **items(state))
+            if label_probes:
+                label_probes.after(done, state.params, means, count)
             if show:
                 show_samples(sampled, state.ema, log, workdir, done)
+            window.restart_clock()
             if leaving:
                 runlog.say(f"told to leave at step {done}: saved, and leaving")
+            if last:
                 break
-    finally:
-        rows_of_steps.close()
-        # Also on an error: what has started to be saved is good, and is finished.
-        checkpoints.close()
-        log.close()
 
 
 def show_samples(
@@ -287,8 +261,8 @@ def main(config: dict[str, Any]) -> None:
     meshes.split_cpu(config["train"]["batch_size"])
     try:
         train(config, FLAGS.workdir, FLAGS.init_from)
-    except (Diverged, probes.ProbeError) as error:
-        print(f"stopped: {error}; the last good checkpoint is kept.", file=sys.stderr)
+    except (windows.Diverged, probes.ProbeError) as error:
+        print(f"stopped: {error}; checkpoints from before it are kept.", file=sys.stderr)
         sys.exit(1)
 
 

@@ -89,7 +89,8 @@ def train_step(
     """One update. The randomness of step t is fold_in(key, t).
 
     loss(params, frozen, batch, key) -> (scalar, metrics). The metrics returned are its own, with
-    `loss` and `grad_norm` (before clipping): where both are finite, so is the state returned.
+    `loss`, `grad_norm` (before clipping) and `param_norm` (after the update): where all three are
+    finite, so is the state returned.
     """
     key = jax.random.fold_in(key, state.step)
     (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(
@@ -97,7 +98,8 @@ def train_step(
     )
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    metrics = {"loss": value, "grad_norm": optax.global_norm(grads), **metrics}
+    norms = {"grad_norm": optax.global_norm(grads), "param_norm": optax.global_norm(params)}
+    metrics = {"loss": value, **norms, **metrics}
     return (
         TrainState(state.step + 1, params, ema(state.ema, params, state.step), opt_state),
         metrics,

@@ -20,7 +20,7 @@ FLOORS = (
 )
 # A library and the places that may know it.
 KNOWS = {
-    "flax": {"models", "experiment"},
+    "flax": {"models"},
     "optax": {"train_step", "experiment"},
     "orbax": {"runtime"},
     "tensorflow_datasets": {"data"},

@@ -35,7 +35,23 @@ CASES = {
         ["cifar10", "python -m cfg_jax.prepare --dataset=cifar10"],
     ),
     "unknown split": (["--config.dataset.split=trian"], ["trian"]),
-    "start from nothing": (["--init_from=missing"], ["missing", "no trained model"]),
+    "start from nothing": (["--init_from=missing"], ["--init_from=missing", "no trained model"]),
+    "pictures of w that cannot be": (
+        ["--config.loss.p_uncond=0.0", "--config.train.sample_every=5"],
+        ["w=[1.0, 4.0]", "null label"],
+    ),
+    "pictures of nothing": (
+        ["--config.train.sample_every=5", "--config.train.sample_w=()"],
+        ["sample_w is empty"],
+    ),
+    "a name that is no table's": (["--config.name=x"], ["config.name", "dataset"]),
+    "a name below a number": (["--config.train.steps.name=x"], ["config.train.steps.name"]),
+    "a required field left out": (["--config.dataset.name=tfds"], ["dataset.builder is missing"]),
+    "numbers of another kind": (["--config.train.sample_w=('a',)"], ["sample_w", "float"]),
+    "no channels": (["--config.model.channels=0"], ["channels=0"]),
+    "odd channels": (["--config.model.channels=9"], ["channels=9"]),
+    "no blocks": (["--config.model.num_res_blocks=-1"], ["num_res_blocks=-1"]),
+    "seed": (["--config.train.seed=-1"], ["train.seed=-1"]),
     "loss of another model": (["--config.loss.name=classification"], ["'unet'", "classifier"]),
     "stray word": (["steps=3"], ["steps=3"]),
     "cluster of one that is not there": (["--distributed"], ["JAX_COORDINATOR_ADDRESS"]),
@@ -68,6 +84,7 @@ SAMPLING = {
     "w below -1": (["--w=-1.5"], ["w=-1.5", ">= -1"]),
     "w not a number": (["--w=nan"], ["w=nan"]),
     "w not numbers": (["--w=a,b"], ["--w=a,b"]),
+    "no labels": (["--labels="], ["--labels="]),
     "label outside": (["--labels=3,10"], ["[10]", "0 to 9"]),
     "negative label": (["--labels=-1"], ["[-1]"]),
     "seed": (["--seed=-3"], ["seed=-3"]),
@@ -90,6 +107,21 @@ def test_sampling(case, cli, trained, tmp_path):
     result = cli("sample", f"--workdir={trained}", f"--out={tmp_path / 'out'}", *extra)
     _is_one_helpful_line(result, wanted)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_config_file_that_fails(cli, tiny, tmp_path):
+    file = tmp_path / "broken.py"
+    for text, wanted in (("x = 1 +", "SyntaxError"), ("x = 1", "get_config")):
+        file.write_text(text)
+        result = cli("train", f"--config={file}", f"--workdir={tmp_path / 'run'}")
+        _is_one_helpful_line(result, ["broken.py", wanted])
+    _is_one_helpful_line(cli("train", f"--workdir={tmp_path / 'run'}"), ["--config", "digits"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_workdir_that_is_a_file(cli, tiny, tmp_path):
+    (tmp_path / "file").write_text("")
+    _is_one_helpful_line(cli("train", *tiny, f"--workdir={tmp_path / 'file'}"), ["is a file"])
 
 
 def test_a_workdir_that_is_not_there(cli, tmp_path):

@@ -194,6 +194,8 @@ def count_heads(channels: int, num_heads: int | None, head_channels: int | None)
     """
     if num_heads and head_channels:
         raise UsageError(f"{num_heads=} and {head_channels=} are both given; give one of them")
+    if (num_heads or 1) < 1 or (head_channels or 1) < 1:
+        raise UsageError(f"{num_heads=} and {head_channels=} must be positive")
     width = head_channels or 64
     if channels % (num_heads or width):
         asked = f"{num_heads} heads" if num_heads else f"heads of {width} channels"

@@ -50,6 +50,8 @@ def parts(
     """Bind the fields shared by U-Net and classifier. Raises UsageError for values out of range."""
     if not 0 <= dropout < 1:
         raise UsageError(f"{dropout=} is not a rate; it lies in [0, 1)")
+    if channels < 2 or channels % 2:
+        raise UsageError(f"{channels=} must be positive and even, for the sinusoid of the time")
     res = functools.partial(
         layers.ResBlock,
         rngs,
@@ -79,6 +81,8 @@ def compute_dtype(name: str) -> jnp.dtype:
 
 def check_sides(image_size, channel_mult, attention_resolutions) -> tuple[int, ...]:
     """The side of the image at every level. Raises UsageError where the fields do not agree."""
+    if not channel_mult or min(channel_mult) <= 0:
+        raise UsageError(f"{channel_mult=} needs a positive number for each level")
     halvings = len(channel_mult) - 1
     if image_size % 2**halvings:
         raise UsageError(
@@ -111,6 +115,8 @@ class Encoder(nnx.Module):
         dtype,
     ):
         sides = check_sides(image_size, channel_mult, attention_resolutions)
+        if num_res_blocks < 1:
+            raise UsageError(f"{num_res_blocks=}: a level has at least one block")
         widths = [int(mult * channels) for mult in channel_mult]
         self.input_shape = (image_size, image_size, in_channels)
         self.conv_in = layers.Conv(rngs, in_channels, widths[0], dtype=dtype)

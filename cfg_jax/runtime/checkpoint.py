@@ -5,6 +5,7 @@ Sampling reads the EMA alone, onto whatever devices there are.
 """
 
 import json
+import time
 
 import jax
 import orbax.checkpoint as ocp
@@ -27,16 +28,27 @@ def write_config(workdir: str, config: dict) -> None:
 
 
 def read_config(workdir: str) -> dict | None:
-    """The config of a run, or None where there is no run yet."""
+    """The config of a run, or None if there is none yet. Raises UsageError if it is damaged."""
     path = epath.Path(workdir) / "config.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{path} is damaged ({error}): take another folder.") from error
+
+
+def has_checkpoint(workdir: str) -> bool:
+    """Whether a run has saved anything yet."""
+    folder = epath.Path(workdir) / "checkpoints"
+    return folder.exists() and any(child.name.isdigit() for child in folder.iterdir())
 
 
 class Checkpoints:
     """The checkpoints of one run; the newest `keep` of them are kept.
 
     One that cannot be read (a disk that was full, a file cut short) is said, and the one before it
-    is taken; a run that goes on moves it to `unreadable/`, a reader leaves it.
+    is taken; a run that goes on then moves it to `unreadable/`, a reader leaves it.
     """
 
     def __init__(self, workdir: str, *, keep: int = 2, read_only: bool = False):
@@ -69,32 +81,35 @@ class Checkpoints:
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         items = {name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()}
+        damaged, reason = [], ""
         for step in steps:
             try:
                 found = self._manager.restore(step, args=ocp.args.Composite(**items))
-                return step, {name: found[name] for name in wanted}
             except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
-                self._skip(step, error)
+                found, reason = None, (str(error).splitlines() or [type(error).__name__])[0][:120]
+            if meshes.all_agree(found is not None):
+                self._leave_behind(damaged)
+                return step, {name: found[name] for name in wanted}
+            damaged.append(step)
+            runlog.say(f"checkpoint {step} in {self._workdir} cannot be read ({reason})")
         if steps:
             raise UsageError(
-                f"none of the checkpoints {steps} in {self._workdir} can be read: train again in "
-                "another --workdir."
+                f"none of the checkpoints {steps} in {self._workdir} can be read ({reason}): they "
+                "stay as they are; train again in another --workdir."
             )
         return None
 
-    def _skip(self, step: int, error: Exception) -> None:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        runlog.say(
-            f"checkpoint {step} in {self._workdir} cannot be read ({reason}): taking the one before"
-        )
-        if self._read_only:
+    def _leave_behind(self, damaged: list[int]) -> None:
+        """Once an older one has been read: out of the way of those that training will save."""
+        if self._read_only or not damaged:
             return
-        meshes.barrier(f"unreadable {step}")
         if jax.process_index() == 0:
-            aside = self._workdir / "unreadable"
+            aside = self._workdir / "unreadable" / str(time.time_ns())
             aside.mkdir(parents=True, exist_ok=True)
-            (self._workdir / "checkpoints" / str(step)).rename(aside / str(step))
-        meshes.barrier(f"set aside {step}")
+            for step in damaged:
+                (self._workdir / "checkpoints" / str(step)).rename(aside / str(step))
+            runlog.say(f"moved to {aside}: {damaged}")
+        meshes.barrier("left behind")
         self._manager.reload()
 
     def preempted(self, step: int) -> bool:

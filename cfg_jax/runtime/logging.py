@@ -20,6 +20,17 @@ def say(message: str) -> None:
         tqdm.tqdm.write(message, file=sys.stderr)
 
 
+def _lines_up_to(path: epath.Path, step: int) -> list[str]:
+    kept = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue  # a line cut short when the run was killed
+    return kept
+
+
 class RunLog:
     """The log of one training run, written by process 0; on the others every method does nothing.
 
@@ -34,13 +45,11 @@ class RunLog:
         root = epath.Path(workdir)
         root.mkdir(parents=True, exist_ok=True)
         path = root / "metrics.jsonl"
-        old = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in old if line.endswith("}") and json.loads(line)["step"] <= start]
-        path.write_text("".join(line + "\n" for line in kept))
+        beside = path.with_name("metrics.jsonl.tmp")
+        beside.write_text("".join(f"{line}\n" for line in _lines_up_to(path, start)))
+        beside.replace(path)
         self._lines = path.open("a")
-        self._events = SummaryWriter(
-            str(root / "tensorboard"), purge_step=start + 1 if start else None
-        )
+        self._events = SummaryWriter(str(root / "tensorboard"), purge_step=start + 1)
         self._bar = tqdm.tqdm(
             total=steps,
             initial=start,

@@ -18,8 +18,10 @@ def initialize_distributed(requested: bool) -> None:
     """Joins the other processes of a run, on a cluster that is detected or where it was requested.
 
     An explicit cluster is named by JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and
-    JAX_PROCESS_ID; otherwise JAX finds SLURM, Open MPI, Kubernetes and TPU pods by itself. Must be
-    called before the first device is touched. Raises UsageError where no cluster can be joined.
+    JAX_PROCESS_ID. SLURM and Open MPI steps of several processes, and TPU pods that name their
+    hosts in TPU_WORKER_HOSTNAMES, are detected; other pods and Kubernetes are joined where
+    requested. Must be called before the first device is touched. Raises UsageError where no cluster
+    can be joined.
     """
     env = os.environ
     explicit = "JAX_NUM_PROCESSES" in env
@@ -59,8 +61,13 @@ def split_cpu(batch_size: int) -> None:
         "XLA_FLAGS", ""
     ):
         return
+    if jax.distributed.is_initialized():
+        # How many others share the batch is known before the backend starts only if it was said.
+        if "JAX_NUM_PROCESSES" not in os.environ:
+            return
+        batch_size //= int(os.environ["JAX_NUM_PROCESSES"])
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    devices = max(n for n in range(1, (cores or 1) + 1) if batch_size % n == 0)
+    devices = max([n for n in range(1, (cores or 1) + 1) if batch_size % n == 0], default=1)
     try:
         jax.config.update("jax_num_cpu_devices", devices)
     except RuntimeError:  # the backend is up: a notebook, say, that has used jax already
@@ -107,6 +114,15 @@ def state_shardings(mesh: Mesh, shapes):
     return jax.tree.map(rule, shapes)
 
 
+def placed(shapes, shardings):
+    """A pytree of shapes with the shardings that its arrays are to have."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        shardings,
+    )
+
+
 def check_batch(mesh: Mesh, batch_size: int) -> None:
     """Raises UsageError unless the devices divide the global batch."""
     if batch_size < 1 or batch_size % mesh.size:
@@ -143,8 +159,6 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def agree(value: int) -> int:
-    """Process 0's value on every process."""
-    if jax.process_count() == 1:
-        return value
-    return int(multihost_utils.broadcast_one_to_all(np.int64(value)))
+def all_agree(ok: bool) -> bool:
+    """Whether it is so on every process: all must call it."""
+    return bool(np.all(multihost_utils.process_allgather(np.bool_(ok))))
