@@ -41,7 +41,7 @@ def reverse_chain(
     """The guided reverse chain from noise to bytes: uint8 [B, H, W, C].
 
     params {"model": ..., "classifier": ...}; label, index int32 [B]; w [] or [B]; seed []. Image
-    i's draws come from fold_in(key(seed), index[i]) alone.
+    i's draws come from (seed, index[i]) alone.
     """
     key = jax.random.fold_in(jax.random.key(seed), _STREAM)
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(index)

@@ -46,6 +46,15 @@ CASES = {
     ),
     "a name that is no table's": (["--config.name=x"], ["config.name", "dataset"]),
     "a name below a number": (["--config.train.steps.name=x"], ["config.train.steps.name"]),
+    "a set of another name that is not prepared": (
+        [
+            "--config.dataset.name=tfds",
+            "--config.dataset.builder=kmnist",
+            "--config.dataset.pad=2",
+            "--config.model.attention_resolutions=(16,)",
+        ],
+        ["kmnist is not prepared", "python -m cfg_jax.prepare --dataset=kmnist"],
+    ),
     "a required field left out": (["--config.dataset.name=tfds"], ["dataset.builder is missing"]),
     "numbers of another kind": (["--config.train.sample_w=('a',)"], ["sample_w", "float"]),
     "no channels": (["--config.model.channels=0"], ["channels=0"]),
@@ -65,6 +74,7 @@ def test_training(case, cli, tiny, tmp_path):
         tiny = tiny[1:]
     env = {
         "data set that is not prepared": {"TFDS_DATA_DIR": str(tmp_path / "data")},
+        "a set of another name that is not prepared": {"TFDS_DATA_DIR": str(tmp_path / "data")},
         "batch and mesh": {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
     }.get(case, {})
     result = cli("train", *tiny, f"--workdir={tmp_path / 'run'}", *extra, env=env)
