@@ -159,7 +159,13 @@ def test_classifier_guidance_moves_towards_its_class(cli, tiny, trained, tmp_pat
     config = generator.saved_config(str(trained))
     config["sample"]["guidance"] = {"name": "classifier"}
     config["sample"]["steps"] = 32
-    guided, _ = generator.load(str(trained), config, str(tmp_path / "classifier"))
+    classifier_path = str(tmp_path / "classifier")
+    guided, _ = generator.load(
+        str(trained),
+        experiment.build(config),
+        classifier_path,
+        experiment.build(generator.saved_config(classifier_path)),
+    )
     labels = np.arange(16) % 10
     judge = jax.jit(
         lambda params, images: guided.classifier.network.apply(
