@@ -314,7 +314,7 @@ def test_sharded_batch_and_parameters(net, params, apply):
         ({"head_channels": 8}, "num_heads=2 and head_channels=8 are both given"),
         ({"head_order": "old"}, "head_order='old'.*'new' or 'legacy'"),
         ({"channels": 40}, "40 channels has no 32 equal groups"),
-        ({"channels": 7, "num_heads": 1}, "channels=7 is odd"),
+        ({"channels": 7, "num_heads": 1}, "channels=7 must be positive and even"),
         ({"dropout": 1.0}, r"dropout=1.0.*\[0, 1\)"),
         ({"dtype": "float16"}, "dtype='float16'.*'float32' or 'bfloat16'"),
         ({"chanels": 8}, "no field chanels; it has image_size, num_classes,.*dtype"),
