@@ -192,3 +192,17 @@ def test_a_weights_file_of_another_model(cli, trained, tmp_path):
 def test_absl_keeps_its_own_errors(cli, tiny, tmp_path):
     result = cli("train", *tiny, f"--workdir={tmp_path}", "--init_form=x")
     assert result.status == 1 and "init_from" in result.err
+
+
+def test_preparing_a_set_that_is_not_known(cli, tmp_path):
+    result = cli("prepare", "--dataset=kminst", f"--data_dir={tmp_path / 'data'}")
+    _is_one_helpful_line(result, ["kminst", "kmnist"])
+    assert not (tmp_path / "data").exists()
+
+
+def test_preparing_once_and_again(cli, tmp_path):
+    run = ["--dataset=digits", f"--data_dir={tmp_path}"]
+    for _ in range(2):
+        result = cli("prepare", *run)
+        assert result.status == 0, result.err[-2000:]
+        assert "1,415" in result.out + result.err or "1415" in result.out + result.err
