@@ -73,6 +73,7 @@ class Experiment:
     config: Mapping[str, Any]  # complete
     dataset: Any
     network: Network
+    features: Network | None  # a classifier's, before its last affine map; the same parameters
     schedule: Schedule
     reading: logsnr.Reading
     null_label: int | None  # None where the network has no null row
@@ -87,7 +88,7 @@ class Experiment:
 
     @property
     def is_classifier(self) -> bool:
-        return self.config["loss"]["name"] == "classification"
+        return self.features is not None
 
 
 SCHEMA = schema.Schema(
@@ -156,11 +157,11 @@ def _options(section: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in section.items() if key != "name"}
 
 
-def _build_network(model: Mapping[str, Any], told: Mapping[str, Any]) -> Network:
+def _make_network(model: Mapping[str, Any], told: Mapping[str, Any]) -> Callable[..., Network]:
     takes = inspect.signature(networks.MODELS[model["name"]]).parameters
     told = {name: value for name, value in told.items() if name in takes}
     module = networks.make(model["name"], **_options(model), **told)
-    return networks.network(module, sinusoid_input=schedules.sinusoid_input)
+    return functools.partial(networks.network, module, sinusoid_input=schedules.sinusoid_input)
 
 
 def build(config: Mapping[str, Any]) -> Experiment:
@@ -172,7 +173,8 @@ def build(config: Mapping[str, Any]) -> Experiment:
     reading = schema.entry("config.reading", logsnr.READINGS, config["reading"])
     # With p_uncond = 0 nothing trains a null row, so there is none to guide with.
     null_row = getattr(loss, "p_uncond", 0) > 0
-    if (config["loss"]["name"] == "classification") != (config["model"]["name"] == "classifier"):
+    is_classifier = config["loss"]["name"] == "classification"
+    if is_classifier != (config["model"]["name"] == "classifier"):
         raise UsageError(
             f"model.name={config['model']['name']!r} with loss.name={config['loss']['name']!r}: a "
             "classifier is trained by classification, and nothing else is."
@@ -182,7 +184,7 @@ def build(config: Mapping[str, Any]) -> Experiment:
         raise UsageError(
             f"images of {dataset.name} are {height}x{size}: the networks want squares."
         )
-    network = _build_network(
+    make_network = _make_network(
         config["model"],
         {
             "image_size": size,
@@ -192,6 +194,7 @@ def build(config: Mapping[str, Any]) -> Experiment:
             "null_row": null_row,
         },
     )
+    network = make_network()
     bound_loss = functools.partial(
         loss,
         network=network,
@@ -209,6 +212,7 @@ def build(config: Mapping[str, Any]) -> Experiment:
         config=config,
         dataset=dataset,
         network=network,
+        features=make_network(method="features") if is_classifier else None,
         schedule=schedule,
         reading=reading,
         null_label=dataset.num_classes if null_row else None,

@@ -10,7 +10,9 @@ from cfg_jax.types import Array, Cond
 
 
 class AttentionPool(nnx.Module):
-    """[B, H, W, C] -> [B, c_out]: attention from the mean of the pixels to itself and all of them.
+    """[B, H, W, C] -> [B, C]: attention from the mean of the pixels to itself and all of them.
+
+    `proj` then makes it [B, c_out].
 
     Radford et al. (2021), CLIP, section 2.4: the mean is token 0, positions are learned.
     """
@@ -26,7 +28,7 @@ class AttentionPool(nnx.Module):
         tokens = x.reshape(len(x), -1, x.shape[-1])
         tokens = jnp.concatenate([tokens.mean(1, keepdims=True), tokens], axis=1)
         q, k, v = layers.split_heads(self.qkv(tokens + self.position[...]), self.heads, "new")
-        return self.proj(layers.attend(q[:, :1], k, v)[:, 0])  # only token 0 is read
+        return layers.attend(q[:, :1], k, v)[:, 0]  # only token 0 is read
 
 
 class Classifier(nnx.Module):
@@ -86,6 +88,10 @@ class Classifier(nnx.Module):
         self.pool = AttentionPool(rngs, side, c, num_classes, heads=heads, dtype=compute)
 
     def __call__(self, z: Array, s: Array, cond: Cond, key: Array | None = None) -> Array:
+        return self.pool.proj(self.features(z, s, cond, key))
+
+    def features(self, z: Array, s: Array, cond: Cond, key: Array | None = None) -> Array:
+        """What the logits are an affine map of: [B, channels of the lowest level]."""
         del cond
         h, _ = self.encoder(z, nnx.silu(self.time(s)), key)
         return self.pool(nnx.silu(self.norm_out(h.astype(jnp.float32))))

@@ -9,6 +9,7 @@ Every layer of a `unet.Block` is called as `layer(h [B, H, W, C], embedding [B, 
 turns dropout on; there is no mode flag.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator
@@ -55,12 +56,37 @@ def sinusoid(s: Array, dim: int) -> Array:
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-def convolve(x: Array, kernel: Array, *, stride: int = 1) -> Array:
-    """The one convolution of the package: NHWC, HWIO, odd kernels, PyTorch's symmetric padding."""
+def _convolve(x: Array, kernel: Array, stride: int) -> Array:
     padding = [(side // 2, side // 2) for side in kernel.shape[:2]]
     return jax.lax.conv_general_dilated(
         x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def convolve(x: Array, kernel: Array, stride: int = 1) -> Array:
+    """The one convolution of the package: NHWC, HWIO, odd kernels, PyTorch's symmetric padding.
+
+    Its gradient by x is a convolution with the kernel turned around. jax's own rule says the same
+    in another layout, for which XLA:CPU has no fast code inside a loop: classifier guidance takes
+    one such gradient a step. Reverse mode only.
+    """
+    return _convolve(x, kernel, stride)
+
+
+def _convolve_forward(x: Array, kernel: Array, stride: int):
+    return _convolve(x, kernel, stride), (x, kernel)
+
+
+def _convolve_backward(stride: int, saved: tuple[Array, Array], g: Array):
+    x, kernel = saved
+    by_x, by_kernel = jax.vjp(lambda x, kernel: _convolve(x, kernel, stride), x, kernel)[1](g)
+    if stride == 1:
+        by_x = _convolve(g, kernel[::-1, ::-1].swapaxes(2, 3), 1)
+    return by_x, by_kernel  # what is not asked for is not computed
+
+
+convolve.defvjp(_convolve_forward, _convolve_backward)
 
 
 class Conv(nnx.Module):
@@ -73,7 +99,7 @@ class Conv(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
-        return convolve(x, kernel, stride=self.stride) + self.bias[...].astype(self.dtype)
+        return convolve(x, kernel, self.stride) + self.bias[...].astype(self.dtype)
 
 
 class Linear(nnx.Module):
@@ -90,16 +116,15 @@ class Linear(nnx.Module):
 
 
 class GroupNorm(nnx.Module):
-    """Normalise over the image and the channels of a group; 32 groups, or one a channel below 32.
+    """Normalise over the image and the channels of a group (Wu & He, 2018).
 
-    Wu & He (2018). `scale` and `shift` [B, C], where given, make it (1 + scale) norm(x) + shift,
-    the AdaGN of Dhariwal & Nichol (2021), section 3.1. Raises UsageError for unequal groups.
+    32 groups, or as many as divide both 32 and the channels, or one a channel below 32. `scale` and
+    `shift` [B, C], where given, make it (1 + scale) norm(x) + shift, the AdaGN of Dhariwal & Nichol
+    (2021), section 3.1.
     """
 
     def __init__(self, channels):
-        self.groups = min(32, channels)
-        if channels % self.groups:
-            raise UsageError(f"a layer of {channels} channels has no 32 equal groups; make it 32 n")
+        self.groups = channels if channels < 32 else math.gcd(channels, 32)
         self.scale = nnx.Param(jnp.ones(channels, jnp.float32))
         self.bias = nnx.Param(jnp.zeros(channels, jnp.float32))
 

@@ -18,11 +18,14 @@ from cfg_jax.types import Array, Cond, Network, Params, UsageError
 Build = Callable[[nnx.Rngs], nnx.Module]
 
 
-def network(build: Build, *, sinusoid_input: Callable[[Array], Array]) -> Network:
+def network(
+    build: Build, *, sinusoid_input: Callable[[Array], Array], method: str = "__call__"
+) -> Network:
     """Network(init, apply) of the module that `build(rngs)` makes: a call (z, s, cond, key).
 
     s = sinusoid_input(lam), with lam broadcast to [B]: in which reading the network sees lambda.
-    No parameter exists before `init`. Raises the UsageErrors of the module, at once.
+    `method` names another one of the module with the same arguments, over the same parameters. No
+    parameter exists before `init`. Raises the UsageErrors of the module, at once.
     """
     graph, _ = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
 
@@ -32,7 +35,7 @@ def network(build: Build, *, sinusoid_input: Callable[[Array], Array]) -> Networ
     def apply(params: Params, z: Array, lam: Array, cond: Cond, key: Array | None = None) -> Array:
         module = nnx.merge(graph, _numbered(params))
         s = sinusoid_input(jnp.broadcast_to(lam, z.shape[:1]))
-        return module(z, s, cond, key)
+        return getattr(module, method)(z, s, cond, key)
 
     return Network(init, apply)
 
