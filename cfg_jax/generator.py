@@ -51,16 +51,19 @@ def reverse_chain(
             model.network, params["model"], {"label": label}, reading=model.reading
         )
 
-    if classifier is not None:
+    rule = model.guidance(w)
+    if rule.second == "classifier":
         second = losses.classifier_log_prob(classifier.network, params["classifier"], label)
-    elif model.null_label is not None:
+    elif rule.second == "unconditional" and model.null_label is not None:
         second = bind(jnp.full_like(label, model.null_label))
     else:
-        second = bind(label)  # w = 0 only: `check_guidance` has refused the rest
-    guided = model.guidance(w)(bind(label), second)
+        second = bind(label)  # not called, or w = 0 only: `check_guidance` has refused the rest
+    guided = rule(bind(label), second)
     if model.sample.clip:
         guided = denoisers.clipped(guided)
     noise = samplers.seeded_noise(keys, model.dataset.image_shape)
+    if hasattr(rule, "draws"):
+        noise = rule.draws(noise)
     return images.to_uint8(model.sampler(guided, noise, model.lams()).x)
 
 
@@ -68,16 +71,16 @@ def check_guidance(
     model: experiment.Experiment, classifier: experiment.Experiment | None, w: Sequence[float]
 ) -> None:
     """Raises UsageError for strengths, or a classifier, that cannot guide the model."""
+    rule, name = model.guidance(), model.sample.guidance["name"]
     for strength in w:
-        guidance.check_w(float(strength))
-    rule = model.sample.guidance["name"]
+        rule.passes(guidance.check_w(float(strength)))
     if model.is_classifier:
         raise UsageError(
             "--workdir holds a classifier: it guides (--classifier), it does not sample."
         )
-    if (rule == "classifier") != (classifier is not None):
+    if (rule.second == "classifier") != (classifier is not None):
         raise UsageError(
-            f"sample.guidance.name={rule!r}: classifier guidance needs --classifier=DIR and "
+            f"sample.guidance.name={name!r}: classifier guidance needs --classifier=DIR and "
             "--config.sample.guidance.name=classifier, and no other rule takes a classifier."
         )
     if classifier is not None:
@@ -85,15 +88,22 @@ def check_guidance(
             raise UsageError(
                 "--classifier holds no classifier: train one with loss.name=classification."
             )
-        for field in ("image_shape", "num_classes"):
-            ours, theirs = getattr(model.dataset, field), getattr(classifier.dataset, field)
-            if ours != theirs:
-                raise UsageError(f"--classifier has {field} {theirs}, the model {ours}.")
-    elif model.null_label is None and any(w):
+        check_same_images("--classifier", classifier, model)
+    elif rule.second == "unconditional" and model.null_label is None and any(w):
         raise UsageError(
             f"w={[float(s) for s in w if s]}: this model has no null label (p_uncond = 0), so only "
             "w=0 can be sampled; train with loss.p_uncond above 0."
         )
+
+
+def check_same_images(
+    flag: str, classifier: experiment.Experiment, model: experiment.Experiment
+) -> None:
+    """Raises UsageError unless a classifier sees the images and classes that the model makes."""
+    for field in ("image_shape", "num_classes"):
+        ours, theirs = getattr(model.dataset, field), getattr(classifier.dataset, field)
+        if ours != theirs:
+            raise UsageError(f"{flag} has {field} {theirs}, the model {ours}.")
 
 
 def check_request(

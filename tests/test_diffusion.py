@@ -345,11 +345,13 @@ def test_w_0_is_the_conditional_and_w_minus_1_the_unconditional_whatever_the_oth
     assert np.all(guided.x == said) and np.all(guided.eps == said)
 
 
-RULES = {"classifier_free": guidance.ClassifierFree, "classifier": guidance.ClassifierGuidance}
+RULES = guidance.GUIDANCE
 
 
 def second_argument(name):
-    return pair_of_denoisers()[1] if name == "classifier_free" else log_prob_of_a_slope
+    return {"unconditional": pair_of_denoisers()[1], "classifier": log_prob_of_a_slope}.get(
+        RULES[name].second
+    )
 
 
 def log_prob_of_a_slope(z, lam):
@@ -393,10 +395,12 @@ def test_twenty_strengths_compile_once(name):
     @jax.jit
     def sample(rule, sampler, z):
         traces.append(rule)
-        return sampler(rule(first, second), lambda i: z, lams).x
+        noise = getattr(rule, "draws", lambda noise: noise)(lambda i: z)
+        return sampler(rule(first, second), noise, lams).x
 
     images = [
-        sample(RULES[name](w), samplers.Ancestral(0.3), draws(3, 2)) for w in np.linspace(-1, 4, 20)
+        sample(RULES[name](w), samplers.Ancestral(0.3), draws(3, 2))
+        for w in np.linspace(-0.9, 4, 20)
     ]
     assert sample._cache_size() == 1 and len(traces) == 1
     assert len({np.asarray(x).tobytes() for x in images}) == 20
@@ -449,6 +453,40 @@ def test_only_the_passes_that_w_needs_are_run(w, passes):
 def test_the_classifier_runs_only_where_it_has_weight(w, passes):
     rule = guidance.ClassifierGuidance(w)
     assert count_passes(rule, pair_of_denoisers()[0], log_prob_of_a_slope) == passes
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("w", [-1.0, 0.0, 0.5])
+def test_a_rule_says_how_many_passes_it_takes(name, w):
+    if name == "scaled_noise" and w == -1:
+        with pytest.raises(UsageError, match="above -1"):
+            RULES[name].passes(w)
+        return
+    second = second_argument(name) or pair_of_denoisers()[1]
+    counted = count_passes(RULES[name](w), pair_of_denoisers()[0], second, steps=12)
+    assert counted == tuple(12 * passes for passes in RULES[name].passes(w))
+
+
+def test_a_scaled_score_is_that_of_a_lower_temperature():
+    """N(m, s^2) has the score -(z - alpha m) / (alpha^2 s^2 + sigma^2): times 1 + w, and a pair."""
+    z, lam, w = draws(6, 2), jnp.float32(0.3), 0.7
+    alone, _ = pair_of_denoisers()
+    x, eps = guidance.ScaledScore(w)(alone)(z, lam)
+    alpha, sigma = oracle.alpha(0.3), oracle.sigma(0.3)
+    score = -(z - alpha * np.array([0.5, -0.2])) / (alpha**2 * 0.3**2 + sigma**2)
+    np.testing.assert_allclose(-eps / sigma, (1 + w) * score, rtol=2e-5, atol=1e-5)
+    np.testing.assert_allclose(alpha * x + sigma * eps, z, atol=1e-5)
+
+
+def test_scaled_noise_leaves_the_start_and_divides_the_rest():
+    def noise(i):
+        return jnp.full((3, 2), i + 1.0)
+
+    scaled = guidance.ScaledNoise(jnp.array([0.0, 1.0, 3.0])).draws(noise)
+    np.testing.assert_allclose(scaled(0), noise(0))
+    np.testing.assert_allclose(scaled(4), [[5.0] * 2, [2.5] * 2, [1.25] * 2])
+    alone, _ = pair_of_denoisers()
+    assert guidance.ScaledNoise(1.0)(alone, None) is alone
 
 
 # A user's mistake

@@ -2,16 +2,20 @@
 
 A rule never meets a label, a network or a sampler: conditions are bound in the denoisers it is
 given. Its strength w is a leaf of a pytree, so that one compiled program serves every w.
+
+Every rule also tells the jobs what its `second` argument is (None: it is not called), and how many
+`passes` through its first and its second a step takes at a strength w.
 """
 
 import dataclasses
 import math
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from cfg_jax.diffusion import logsnr
-from cfg_jax.types import Array, Denoiser, LogProb, Prediction, UsageError
+from cfg_jax.types import Array, Denoiser, LogProb, Noise, Prediction, UsageError
 
 
 def check_w(w: float) -> float:
@@ -37,7 +41,12 @@ class ClassifierFree:
     they need.
     """
 
+    second: ClassVar[str | None] = "unconditional"
     w: float | Array = 0.0
+
+    @staticmethod
+    def passes(w: float) -> tuple[int, int]:
+        return int(w != -1), int(w != 0)
 
     def __call__(self, conditional: Denoiser, unconditional: Denoiser, /) -> Denoiser:
         w = jnp.asarray(self.w)
@@ -75,7 +84,12 @@ class ClassifierGuidance:
     classifier.
     """
 
+    second: ClassVar[str | None] = "classifier"
     w: float | Array = 0.0
+
+    @staticmethod
+    def passes(w: float) -> tuple[int, int]:
+        return 1, int(w != 0)  # the second is a pass and its gradient by z
 
     def __call__(self, denoiser: Denoiser, log_prob: LogProb, /) -> Denoiser:
         w = jnp.asarray(self.w)
@@ -96,4 +110,74 @@ class ClassifierGuidance:
         return denoise
 
 
-GUIDANCE = {"classifier_free": ClassifierFree, "classifier": ClassifierGuidance}
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ScaledScore:
+    """A baseline of no merit: the score of a lower temperature, 1 / (1 + w) of it.
+
+        eps~ = (1 + w) eps(z, c)
+
+    What p(z|c)^(1 + w) would ask for, were it diffused; it is not, and samples get worse (Dhariwal
+    & Nichol, 2021, appendix G). x is recomputed, so that z = alpha x + sigma eps still holds.
+    """
+
+    second: ClassVar[str | None] = None
+    w: float | Array = 0.0
+
+    @staticmethod
+    def passes(w: float) -> tuple[int, int]:
+        del w
+        return 1, 0
+
+    def __call__(self, denoiser: Denoiser, unused: Denoiser | None = None, /) -> Denoiser:
+        del unused
+        w = jnp.asarray(self.w)
+
+        def denoise(z: Array, lam: Array) -> Prediction:
+            eps = (1 + logsnr.expand(w, z)).astype(z.dtype) * denoiser(z, lam).eps
+            return Prediction(x=logsnr.x_from_eps(z, eps, lam), eps=eps)
+
+        return denoise
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ScaledNoise:
+    """A baseline of no merit: the reverse chain's noise at a lower temperature, 1 / (1 + w) of it.
+
+    The denoiser stays the conditional one; `draws` makes the noise of every step but the start
+    smaller. Samples get blurred (Dhariwal & Nichol, 2021, appendix G). w = -1 has no such noise:
+    use w > -1.
+    """
+
+    second: ClassVar[str | None] = None
+    w: float | Array = 0.0
+
+    @staticmethod
+    def passes(w: float) -> tuple[int, int]:
+        if w <= -1:
+            raise UsageError(f"w={w:g}: scaled_noise divides the noise by 1 + w; give w above -1.")
+        return 1, 0
+
+    def __call__(self, denoiser: Denoiser, unused: Denoiser | None = None, /) -> Denoiser:
+        del unused
+        return denoiser
+
+    def draws(self, noise: Noise) -> Noise:
+        """The draws of a trajectory, with those after the first divided by 1 + w."""
+        w = jnp.asarray(self.w)
+
+        def scaled(i: Array) -> Array:
+            draw = noise(i)
+            temperature = jnp.where(i == 0, 1, 1 / (1 + logsnr.expand(w, draw)))
+            return (draw * temperature).astype(draw.dtype)
+
+        return scaled
+
+
+GUIDANCE = {
+    "classifier_free": ClassifierFree,
+    "classifier": ClassifierGuidance,
+    "scaled_score": ScaledScore,
+    "scaled_noise": ScaledNoise,
+}
