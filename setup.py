@@ -19,6 +19,7 @@ REQUIRES = [
     "absl-py",
     "etils[epath,epy]",
     "numpy>=2",
+    "matplotlib",
     "pillow",
     "safetensors",
     "scikit-learn",  # the digits

@@ -13,11 +13,11 @@ def get_config() -> ConfigDict:
             "dataset": {"name": "digits"},
             "model": {
                 "name": "unet",
-                "channels": 32,
+                "channels": 16,
                 "channel_mult": (1, 2),
                 "num_res_blocks": 1,
                 "attention_resolutions": (4,),
-                "head_channels": 32,
+                "head_channels": 16,
                 "dropout": 0.1,
             },
             "loss": {"name": "denoising", "p_uncond": 0.1, "stratified": True},

@@ -14,11 +14,11 @@ def get_config() -> ConfigDict:
             "dataset": {"name": "digits"},
             "model": {
                 "name": "classifier",
-                "channels": 32,
+                "channels": 16,
                 "channel_mult": (1, 2),
                 "num_res_blocks": 1,
                 "attention_resolutions": (4,),
-                "head_channels": 32,
+                "head_channels": 16,
                 "dropout": 0.1,
             },
             "loss": {"name": "classification", "noisy": True, "stratified": True},

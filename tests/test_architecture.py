@@ -15,8 +15,9 @@ FLOORS = (
     {*ROOMS, "schema", "probes"},
     {"train_step"},
     {"experiment"},
-    {"generator", "command"},
-    {"prepare", "train", "sample", "evaluate", "plan", "report", "api"},
+    {"generator", "command", "scores"},
+    {"features"},
+    {"prepare", "train", "sample", "sweep", "evaluate", "plan", "report", "api"},
 )
 # A library and the places that may know it.
 KNOWS = {
@@ -27,6 +28,7 @@ KNOWS = {
     "grain": {"data"},
     "ml_collections": {"schema", "command"},
     "tensorflow": {"data"},
+    "matplotlib": {"report"},
     "torch": set(),
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

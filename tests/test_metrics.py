@@ -1,5 +1,6 @@
 """Metrics: published numbers, closed forms, invariances, and what is refused."""
 
+import functools
 import json
 import warnings
 from pathlib import Path
@@ -8,7 +9,15 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from cfg_jax.metrics import bootstrap, frechet, inception_score, kid, precision_recall
+from cfg_jax.metrics import (
+    bootstrap,
+    features,
+    frechet,
+    inception_score,
+    kid,
+    neighbours,
+    precision_recall,
+)
 from cfg_jax.metrics.frechet import Moments
 from cfg_jax.types import UsageError
 
@@ -235,7 +244,7 @@ def brute_force(generated, real, k):
 
 @pytest.mark.parametrize("k", [1, 3])
 def test_precision_and_recall_by_definition_over_several_blocks(monkeypatch, k):
-    monkeypatch.setattr(precision_recall, "BLOCK", 16)
+    monkeypatch.setattr(features, "BLOCK", 16)
     generated, real = 0.7 * normal(0, 75, 3) + 0.3, normal(1, 50, 3)
     got = precision_recall.precision_recall(generated, real, k=k)
     assert got == pytest.approx(brute_force(generated, real, k), abs=1e-12)
@@ -407,3 +416,43 @@ def test_as_few_images_as_each_metric_can_do_with():
         assert inception_score.inception_score(few, splits=2).mean >= 1
         assert precision_recall.precision_recall(few, few) == (1, 1)
         assert np.isfinite(kid.kid(few, few + 1)).all()
+
+
+# --- neighbours, strata ---
+
+
+def test_nearest_by_definition_over_several_blocks(monkeypatch):
+    monkeypatch.setattr(features, "BLOCK", 16)
+    generated, real = normal(0, 45, 3), 5 + normal(1, 50, 3)
+    generated[7] = real[33]
+    want = np.linalg.norm(generated[:, None] - real[None], axis=-1).min(1)
+    got = neighbours.nearest(generated, real)
+    np.testing.assert_allclose(got, want, atol=1e-6)
+    assert got[7] == 0
+
+
+def test_strata_are_resampled_within_themselves():
+    strata = np.arange(50) % 7
+    drawn = bootstrap.resamples(50, replicates=20, seed=3, strata=strata)
+    for value in range(7):
+        assert (drawn[:, strata == value].sum(1) == np.sum(strata == value)).all()
+    assert len(np.unique(drawn, axis=0)) == 20
+    np.testing.assert_array_equal(
+        drawn[:5], bootstrap.resamples(50, replicates=5, seed=3, strata=strata)
+    )
+    # A value that its stratum decides does not move; without strata it does.
+    assert np.ptp(bootstrap.resampled_mean(strata, strata=strata)) < 1e-12
+    assert np.std(bootstrap.resampled_mean(strata)) > 0.1
+
+
+def test_the_frechet_distance_and_the_score_take_strata():
+    rows, strata = normal(0, 60, 4), np.arange(60) % 6
+    rows += 10 * np.eye(6)[strata, :4]
+    logits = 8.0 * np.eye(6)[strata]
+    for resampled in (
+        functools.partial(frechet.resampled, rows, frechet.moments(rows)),
+        functools.partial(inception_score.resampled, logits),
+    ):
+        assert np.std(resampled(replicates=50, strata=strata)) < 0.5 * np.std(
+            resampled(replicates=50)
+        )

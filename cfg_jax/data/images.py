@@ -80,7 +80,12 @@ def grid(images, columns: int, *, margin: int = 1, scale: int = 1, background: i
 
 def save_png(path: epath.PathLike, image) -> None:
     """Writes uint8 [H, W, 1] or [H, W, 3] as a PNG file, to any path that etils opens."""
+    epath.Path(path).write_bytes(png(image))
+
+
+def png(image) -> bytes:
+    """uint8 [H, W, 1] or [H, W, 3] as the content of a PNG file."""
     image = np.asarray(image)
-    png = io.BytesIO()
-    PIL.Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(png, "PNG")
-    epath.Path(path).write_bytes(png.getvalue())
+    content = io.BytesIO()
+    PIL.Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(content, "PNG")
+    return content.getvalue()

@@ -10,24 +10,32 @@ import numpy as np
 from cfg_jax.types import UsageError
 
 
-def resamples(count: int, *, replicates: int, seed: int) -> np.ndarray:
+def resamples(count: int, *, replicates: int, seed: int, strata=None) -> np.ndarray:
     """How often each of `count` images is drawn in each resample, int32 [R, count].
 
-    More replicates only append rows. Memory: 4 R N bytes, 200 MB for 1,000 of 50,000 images.
+    `strata` [count], where given, are groups whose sizes are no accident, such as labels that were
+    dealt out evenly: each is resampled within itself. More replicates only append rows. Memory: 4 R
+    N bytes, 200 MB for 1,000 of 50,000 images.
     """
     if replicates < 2:
         raise UsageError(f"replicates={replicates}: a bootstrap needs 2 or more; try 1000.")
     rng = np.random.default_rng(seed)
+    groups = [np.arange(count)]
+    if strata is not None:
+        groups = [np.flatnonzero(np.equal(strata, value)) for value in np.unique(strata)]
     drawn = np.empty((replicates, count), np.int32)
     for row in drawn:
-        row[:] = np.bincount(rng.integers(count, size=count), minlength=count)
+        for group in groups:
+            size = len(group)
+            row[group] = np.bincount(rng.integers(size, size=size), minlength=size)
     return drawn
 
 
-def resampled_mean(values, *, replicates: int = 1000, seed: int = 0) -> np.ndarray:
+def resampled_mean(values, *, replicates: int = 1000, seed: int = 0, strata=None) -> np.ndarray:
     """The mean of values [N], one an image, on each resample: [R]."""
     values = np.asarray(values, np.float64)
-    return resamples(len(values), replicates=replicates, seed=seed) @ values / len(values)
+    drawn = resamples(len(values), replicates=replicates, seed=seed, strata=strata)
+    return drawn @ values / len(values)
 
 
 def interval(estimate: float, resampled, *, level: float = 0.95) -> tuple[float, float]:

@@ -10,6 +10,8 @@ import numpy as np
 
 from cfg_jax.types import UsageError
 
+BLOCK = 1024  # images a side of a block of distances: 8 MiB, whatever the number of images
+
 
 def checked(features, name: str, *, at_least: int) -> np.ndarray:
     """The features [N, D], if a metric can be made of them.
@@ -54,3 +56,15 @@ def blocks(features: np.ndarray, size: int) -> Iterator[tuple[slice, np.ndarray]
     for start in range(0, len(features), size):
         rows = slice(start, min(start + size, len(features)))
         yield rows, features[rows].astype(np.float64)
+
+
+def squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """|a|^2 + |b|^2 - 2 a.b for a [N, D] and b [M, D] in float64: [N, M].
+
+    What rounding cannot tell from 0 is 0, so that copies of an image are at 0 in every block.
+    Centred features lose fewer digits.
+    """
+    squares = np.square(a).sum(1)[:, None] + np.square(b).sum(1)
+    distances = squares - 2 * a @ b.T
+    distances[distances <= 4 * a.shape[1] * np.finfo(np.float64).eps * squares] = 0
+    return distances

@@ -109,17 +109,20 @@ def distance(a: Moments, b: Moments) -> float:
     return _distance(a, _root(a), b, _root(b))
 
 
-def resampled(rows, reference: Moments, *, replicates: int = 200, seed: int = 0) -> np.ndarray:
+def resampled(
+    rows, reference: Moments, *, replicates: int = 200, seed: int = 0, strata=None
+) -> np.ndarray:
     """The distance to a fixed reference on each resample of features [N, D]: [R].
 
-    Each costs O(N D^2 + D^3): meant for features of some hundred dimensions.
+    `strata` as in `bootstrap.resamples`. Each costs O(N D^2 + D^3): meant for features of some
+    hundred dimensions.
     """
     rows = features.checked(rows, "features", at_least=2).astype(np.float64)
     root = _root(reference)
     offset = rows.mean(0)
     rows -= offset
     distances = []
-    for drawn in bootstrap.resamples(len(rows), replicates=replicates, seed=seed):
+    for drawn in bootstrap.resamples(len(rows), replicates=replicates, seed=seed, strata=strata):
         weighted = drawn[:, None] * rows
         mean = weighted.mean(0)
         scatter = rows.T @ weighted - len(rows) * np.outer(mean, mean)

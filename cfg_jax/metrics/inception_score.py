@@ -41,10 +41,13 @@ def inception_score(logits, splits: int | None = None) -> InceptionScore:
     return InceptionScore(float(np.mean(scores)), float(np.std(scores)))
 
 
-def resampled(logits, *, replicates: int = 1000, seed: int = 0) -> np.ndarray:
-    """The IS in one split on each resample of logits [N, K]: [R], in O(R N K)."""
+def resampled(logits, *, replicates: int = 1000, seed: int = 0, strata=None) -> np.ndarray:
+    """The IS in one split on each resample of logits [N, K]: [R], in O(R N K).
+
+    `strata` as in `bootstrap.resamples`.
+    """
     logits = features.checked(logits, "logits", at_least=2)
-    drawn = bootstrap.resamples(len(logits), replicates=replicates, seed=seed)
+    drawn = bootstrap.resamples(len(logits), replicates=replicates, seed=seed, strata=strata)
     marginal = np.zeros((replicates, logits.shape[1]))
     information = np.zeros(replicates)
     for rows, block in features.blocks(logits, BLOCK):

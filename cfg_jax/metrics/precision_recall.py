@@ -14,8 +14,6 @@ import numpy as np
 from cfg_jax.metrics import features
 from cfg_jax.types import UsageError
 
-BLOCK = 1024  # images a side of a block of distances: 8 MiB, whatever the number of images
-
 
 class PrecisionRecall(NamedTuple):
     precision: float
@@ -48,10 +46,10 @@ def inside(generated, real, *, k: int = 3) -> Inside:
     of_generated = _squared_radii(generated, centre, k, "generated")
     of_real = _squared_radii(real, centre, k, "real")
     on = Inside(np.zeros(len(generated), bool), np.zeros(len(real), bool))
-    for rows, a in features.blocks(generated, BLOCK):
+    for rows, a in features.blocks(generated, features.BLOCK):
         a -= centre
-        for columns, b in features.blocks(real, BLOCK):
-            square = _squared_distances(a, b - centre)
+        for columns, b in features.blocks(real, features.BLOCK):
+            square = features.squared_distances(a, b - centre)
             on.generated[rows] |= (square <= of_real[columns]).any(1)
             on.real[columns] |= (square <= of_generated[rows, None]).any(0)
     return on
@@ -65,10 +63,10 @@ def _squared_radii(points: np.ndarray, centre: np.ndarray, k: int, name: str) ->
         candidates = np.concatenate([nearest[rows], square], axis=1)
         nearest[rows] = np.partition(candidates, k - 1, axis=1)[:, :k]
 
-    for rows, a in features.blocks(points, BLOCK):
+    for rows, a in features.blocks(points, features.BLOCK):
         a -= centre
-        for columns, b in features.blocks(points[: rows.stop], BLOCK):
-            square = _squared_distances(a, b - centre)
+        for columns, b in features.blocks(points[: rows.stop], features.BLOCK):
+            square = features.squared_distances(a, b - centre)
             if rows == columns:
                 np.fill_diagonal(square, np.inf)
             else:
@@ -82,14 +80,3 @@ def _squared_radii(points: np.ndarray, centre: np.ndarray, k: int, name: str) ->
             stacklevel=3,
         )
     return radii
-
-
-def _squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """|a|^2 + |b|^2 - 2 a.b for a [N, D] and b [M, D]: [N, M].
-
-    What rounding cannot tell from 0 is 0, so that copies of an image are at 0 in every block.
-    """
-    squares = np.square(a).sum(1)[:, None] + np.square(b).sum(1)
-    distances = squares - 2 * a @ b.T
-    distances[distances <= 4 * a.shape[1] * np.finfo(np.float64).eps * squares] = 0
-    return distances

@@ -159,6 +159,11 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
+def least(value: int) -> int:
+    """The smallest of what the processes say: all must call it."""
+    return int(np.min(multihost_utils.process_allgather(np.int64(value))))
+
+
 def all_agree(ok: bool) -> bool:
     """Whether it is so on every process: all must call it."""
     return bool(np.all(multihost_utils.process_allgather(np.bool_(ok))))

@@ -1,0 +1,251 @@
+"""The evaluation job: what it writes, that it goes on where it was killed, and what it refuses."""
+
+import csv
+import json
+import re
+import time
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+
+import cfg_jax
+from cfg_jax import experiment, features, scores
+from cfg_jax import sweep as sweeps
+from cfg_jax.models import weights
+from cfg_jax.types import UsageError
+
+
+def small_classifier(name, path):
+    """A classifier of random weights, as a file: what the job does with it is the same."""
+    config = experiment.load_config(name)
+    config["model"] |= {"channels": 8, "head_channels": 8, "channel_mult": (1, 1)}
+    built = experiment.build(config)
+    params = built.network.init(jax.random.key(1))
+    metadata = {"config": json.dumps(built.config), "step": "7"}
+    weights.save_safetensors(path, params, metadata)
+    return path
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory):
+    return small_classifier("digits_judge", tmp_path_factory.mktemp("judge") / "judge.safetensors")
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    path = tmp_path_factory.mktemp("classifier") / "classifier.safetensors"
+    return small_classifier("digits_classifier", path)
+
+
+@pytest.fixture(scope="module")
+def flags(trained, judge):
+    return [f"--workdir={trained}", f"--judge={judge}", "--w=0,1.5", "--num_samples=40"]
+
+
+@pytest.fixture(scope="module")
+def sweep(cli, flags, classifier, tmp_path_factory):
+    """The folder of a finished sweep of two rules."""
+    out = tmp_path_factory.mktemp("sweep")
+    result = cli("evaluate", *flags, f"--classifier={classifier}", f"--out={out}")
+    assert result.status == 0, result.err[-3000:]
+    assert str(out / "report.html") in result.out
+    return out
+
+
+def results(out):
+    return json.loads((out / "sweep.json").read_text())
+
+
+def test_every_rule_has_every_w_and_every_score(sweep, trained, judge):
+    found = results(sweep)
+    assert [(p["guidance"], p["w"], p["scale"]) for p in found["points"]] == [
+        ("classifier_free", 0, 1),
+        ("classifier_free", 1.5, 2.5),
+        ("classifier", 0, 1),
+        ("classifier", 1.5, 2.5),
+    ]
+    assert [(p["evaluations"], p["classifier_evaluations"]) for p in found["points"]] == [
+        (8, 0),
+        (16, 0),
+        (8, 0),
+        (8, 8),
+    ]
+    names = ["fd_judge", "is_judge", "precision", "recall", "nn", "accuracy"]
+    for point in found["points"]:
+        assert list(point["scores"]) == list(point["from_first_w"]) == names
+        for score in point["scores"].values():
+            assert score["low"] <= score["value"] + 1e-9 and score["value"] <= score["high"] + 1e-9
+    first, second = (found["points"][i] for i in (0, 1))
+    for name in names:
+        change = second["from_first_w"][name]["difference"]
+        difference = second["scores"][name]["value"] - first["scores"][name]["value"]
+        assert change == pytest.approx(difference, abs=1e-9)
+    recipe = found["recipe"]
+    assert recipe["workdir"] == str(trained) and recipe["step"] == 20
+    assert recipe["features"]["workdir"] == str(judge)
+    assert recipe["reference"] == {
+        "dataset": "digits",
+        "split": "train",
+        "images": 1415,
+        "features": 8,
+    }
+    assert recipe["held_out"]["images"] == 382
+    assert 0 < recipe["held_out"]["scores"]["accuracy"]["value"] < 1
+    assert recipe["config"]["sample"]["steps"] == 8
+    assert recipe["versions"]["jax"]
+
+
+def test_the_images_are_those_that_sampling_makes(sweep, trained):
+    made = cfg_jax.load(str(trained)).sample(np.arange(40) % 10, w=1.5, seed=0)
+    files = sorted((sweep / "images").glob("classifier_free_w1.5_*/*.npz"))
+    kept = np.concatenate([np.load(path)["images"] for path in files])
+    assert len(files) == 3 and np.abs(kept.astype(int) - made).max() <= 1
+
+
+def test_the_table_is_the_json(sweep):
+    rows = list(csv.DictReader((sweep / "sweep.csv").open()))
+    points = results(sweep)["points"]
+    assert len(rows) == len(points)
+    for row, point in zip(rows, points, strict=True):
+        assert float(row["fd_judge"]) == point["scores"]["fd_judge"]["value"]
+        assert float(row["recall_low"]) == point["scores"]["recall"]["low"]
+        assert (
+            float(row["accuracy_from_first_w_error"])
+            == (point["from_first_w"]["accuracy"]["error"])
+        )
+
+
+def test_the_report_holds_everything_and_fetches_nothing(sweep):
+    page = (sweep / "report.html").read_text()
+    assert not re.search(r"(src|href)='(?!data:)", page) and "http" not in page
+    assert page.count("<img") == 3, "the curve, and a grid for each rule"
+    assert page.count("<tr") == 1 + 4 + 1, "a head, the points, and the real images"
+    value = results(sweep)["points"][1]["scores"]["fd_judge"]["value"]
+    assert f"{value:.3f}" in page
+    assert (sweep / "curve.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_larger_sweep_makes_only_what_is_missing(cli, flags, sweep):
+    before = {p: p.stat().st_mtime_ns for p in (sweep / "images").glob("classifier_free*/*.npz")}
+    result = cli("evaluate", *flags, "--num_samples=50", f"--out={sweep}")
+    assert result.status == 0, result.err[-3000:]
+    assert result.err.count("40 of 50 images are there already") == 2
+    after = {p: p.stat().st_mtime_ns for p in (sweep / "images").glob("classifier_free*/*.npz")}
+    assert before.items() <= after.items() and len(after) == len(before) + 2
+
+
+@pytest.mark.slow
+def test_killed_twice_inside_a_sweep_it_gives_the_same_numbers(cli, flags, tmp_path):
+    """Inside a point, that is: some of its images are there and some are not."""
+    flags = [*flags, "--num_samples=96", "--config.sample.steps=64"]
+    whole = cli("evaluate", *flags, f"--out={tmp_path / 'whole'}")
+    assert whole.status == 0, whole.err[-3000:]
+    out = tmp_path / "killed"
+    for pattern in ("*_w0_*/00000032.npz", "*_w1.5_*/00000016.npz"):
+        running = cli.start("evaluate", *flags, f"--out={out}")
+        deadline = time.monotonic() + 300
+        while not list((out / "images").glob(pattern)) and time.monotonic() < deadline:
+            time.sleep(0.005)
+        running.kill(9)
+        assert running.wait().status == -9, "it was still running"
+    assert not list((out / "images").glob("*_w1.5_*/00000080.npz")), "the point was not done"
+    last = cli("evaluate", *flags, f"--out={out}")
+    assert last.status == 0, last.err[-3000:]
+    assert "96 of 96 images are there already" in last.err
+    assert results(out)["points"] == results(tmp_path / "whole")["points"]
+
+
+def test_a_file_cut_short_is_made_again(tmp_path):
+    store = epath.Path(tmp_path)
+    images = np.arange(5 * 4, dtype=np.uint8).reshape(5, 2, 2, 1)
+    sweeps._write(store, 0, images[:3])
+    sweeps._write(store, 3, images[3:])
+    assert np.array_equal(np.concatenate(sweeps._read(store, 5)), images)
+    assert np.array_equal(np.concatenate(sweeps._read(store, 4)), images[:4])
+    path = store / "00000003.npz"
+    path.write_bytes(path.read_bytes()[:50])
+    assert np.array_equal(np.concatenate(sweeps._read(store, 5)), images[:3])
+
+
+MISTAKES = {
+    "no judge": (["--judge="], ["--judge", "no trained model"]),
+    "features of nobody": (["--features=inceptoin"], ["inceptoin", "judge"]),
+    "unknown rule": (["--guidance=classifier_fre"], ["classifier_fre", "classifier_free"]),
+    "a rule without its classifier": (["--guidance=classifier"], ["--classifier=DIR"]),
+    "w of no noise": (["--guidance=scaled_noise", "--w=-1"], ["w=-1", "above -1"]),
+    "w": (["--w=0,x"], ["--w=0,x", "--w=0,1,4"]),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line(cli, flags, tmp_path, name):
+    extra, words = MISTAKES[name]
+    result = cli("evaluate", *flags, *extra, f"--out={tmp_path / 'out'}")
+    assert result.status == 2, result.err[-2000:]
+    assert len(result.errors) == 1 and "Traceback" not in result.err
+    assert all(word in result.errors[0] for word in words), result.errors
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_guides_does_not_judge(cli, flags, classifier, tmp_path):
+    result = cli("evaluate", *flags, f"--judge={classifier}", f"--out={tmp_path / 'out'}")
+    assert result.status == 2
+    assert "must not judge" in result.errors[0]
+    guided = [*flags, f"--classifier={classifier}", "--guidance=classifier_free"]
+    result = cli("evaluate", *guided, f"--out={tmp_path / 'out'}")
+    assert result.status == 2 and "guides nothing" in result.errors[0]
+
+
+def test_without_a_judge_the_command_that_makes_one_is_said(cli, trained, tmp_path):
+    result = cli("evaluate", f"--workdir={trained}", f"--out={tmp_path / 'out'}")
+    assert result.status == 2 and "--config=digits_judge" in result.errors[0]
+
+
+# --- scores ---
+
+
+def images_of(count, shift, seed):
+    rng = np.random.default_rng(seed)
+    labels = np.arange(count) % 5
+    rows = rng.standard_normal((count, 8)) + 4 * np.eye(5, 8)[labels] + shift
+    return rows, 6 * rows[:, :5], labels
+
+
+def test_scores_know_better_from_worse():
+    rows, _, _ = images_of(300, 0, 0)
+    reference = scores.Reference.of(rows)
+    good, bad = (
+        scores.score(*images_of(200, shift, 1), reference, knows_labels=True) for shift in (0, 3.0)
+    )
+    assert good["fd"].value < 0.1 * bad["fd"].value
+    assert good["precision"].value > 0.8 > 0.2 > bad["precision"].value
+    assert good["recall"].value > bad["recall"].value
+    assert good["nn"].value < bad["nn"].value
+    change = bad["nn"].difference(good["nn"])
+    assert change["difference"] > 5 * change["error"] > 0
+    assert "accuracy" not in scores.score(*images_of(200, 0, 1), reference, knows_labels=False)
+
+
+def test_differences_are_paired():
+    """The same images with a constant added: each differs by it exactly, so the error is 0."""
+    rng = np.random.default_rng(0)
+    values, labels = rng.standard_normal(60), np.arange(60) % 4
+    a, b = (scores._mean(values + shift, labels) for shift in (0, 0.5))
+    assert b.difference(a)["difference"] == pytest.approx(0.5)
+    assert b.difference(a)["error"] < 1e-12 < a.summary()["error"]
+
+
+def test_a_fingerprint_is_of_every_bit_and_every_name():
+    params = {"a": np.ones(3, np.float32), "b": {"c": np.zeros(2, np.float32)}}
+    other = {"a": np.nextafter(params["a"], np.float32(2)), "b": params["b"]}
+    renamed = {"a": params["a"], "b": {"d": params["b"]["c"]}}
+    prints = {features.fingerprint(tree) for tree in (params, other, renamed)}
+    assert len(prints) == 3
+    assert features.fingerprint(dict(reversed(params.items()))) in prints
+
+
+def test_the_judge_wants_a_path(tmp_path):
+    with pytest.raises(UsageError, match="digits_judge"):
+        features.judge(None, None, None)
