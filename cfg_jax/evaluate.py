@@ -15,16 +15,16 @@ from typing import Any
 
 import jax
 import numpy as np
-import tqdm
 from absl import flags
 from etils import epath
 
 from cfg_jax import command, experiment, features, generator, report, sample, schema, scores, sweep
 from cfg_jax.data import images
 from cfg_jax.diffusion import guidance
+from cfg_jax.metrics import neighbours
 from cfg_jax.runtime import logging as runlog
 from cfg_jax.runtime import mesh as meshes
-from cfg_jax.types import UsageError
+from cfg_jax.types import Params, UsageError
 
 FLAGS = flags.FLAGS
 
@@ -84,78 +84,72 @@ def main(config: dict[str, Any]) -> None:
         generator.check_request(models[name], guides[name], [0], w, FLAGS.seed)
     model = models[names[0]]
     look = make_extractor(model, mesh, FLAGS.judge)
-    step, ema = generator.load_ema(FLAGS.workdir, model)
-    networks = {"model": ema}
-    guide_recipe = None
-    if classifier is not None:
-        guide_step, networks["classifier"] = generator.load_ema(FLAGS.classifier, classifier)
-        guide_recipe = {
-            "workdir": FLAGS.classifier,
-            "step": guide_step,
-            "config": classifier.config,
-        }
-    fingerprints = {name: features.fingerprint(params) for name, params in networks.items()}
-
+    networks = load_networks(model, classifier)
+    fingerprints = {n: features.fingerprint(params) for n, (_, params) in networks.items()}
     home = epath.Path(FLAGS.workdir)
     out = epath.Path(FLAGS.out or (home.parent if home.is_file() else home) / "sweep")
     if jax.process_index() == 0:
         sample.make_folder(out)
-    reference, real_recipe = look_at_real(look, model.dataset)
-    results = {
-        "recipe": {
-            "workdir": FLAGS.workdir,
-            "step": step,
-            "config": config,
-            "parameters": fingerprints,
-            "classifier": guide_recipe,
-            "guidance": names,
-            "w": w,
-            "num_samples": FLAGS.num_samples,
-            "labels": "image i is of class i mod the number of classes",
-            "seed": FLAGS.seed,
-            "features": look.recipe,
-            **real_recipe,
-            "precision_recall": {"k": scores.K},
-            "resamples": {"all": scores.REPLICATES, look.fd: scores.FRECHET_REPLICATES},
-            "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-            "versions": versions(),
-        },
-        "points": [],
+
+    reference, of_real = look_at_real(look, model.dataset)
+    recipe = {
+        "workdir": FLAGS.workdir,
+        "config": config,
+        "classifier": classifier and {"workdir": FLAGS.classifier, "config": classifier.config},
+        "steps": {n: step for n, (step, _) in networks.items()},
+        "parameters": fingerprints,
+        "guidance": names,
+        "w": w,
+        "num_samples": FLAGS.num_samples,
+        "labels": "image i is of class i mod the number of classes",
+        "seed": FLAGS.seed,
+        "features": look.recipe,
+        **of_real,
+        "precision_recall": {"k": scores.K},
+        "resamples": {"all": scores.REPLICATES, look.fd: scores.FRECHET_REPLICATES},
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "versions": versions(),
     }
-    bar = tqdm.tqdm(
-        total=len(names) * len(w) * FLAGS.num_samples,
-        unit="image",
-        smoothing=0.02,
-        disable=jax.process_index() > 0,
-    )
+    results = {"recipe": recipe, "points": []}
+    bar = runlog.progress_bar(len(names) * len(w) * FLAGS.num_samples, "image")
     labels = sweep.labels_of(FLAGS.num_samples, model.dataset.num_classes)
     shown = report.columns(labels, model.dataset.num_classes)
     grids = {}
     for name in names:
         used = [n for n in networks if n == "model" or guides[name] is not None]
-        sampled = generator.Generator(
-            models[name], {n: networks[n] for n in used}, guides[name], mesh=mesh
-        )
-        of_rule, first, rows = {n: fingerprints[n] for n in used}, None, []
+        params = {n: networks[n][1] for n in used}
+        sampled = generator.Generator(models[name], params, guides[name], mesh=mesh)
+        first, rows = None, []
         for strength in w:
-            point = sweep.Point(sampled, strength, FLAGS.seed, out)
-            bar.set_description(point.title)
-            made = point.images(len(labels), of_rule, bar.update)
+            point = sweep.Point(
+                sampled, strength, FLAGS.seed, {n: fingerprints[n] for n in used}, out
+            )
+            bar.set_description(point.title, refresh=False)
+            made = point.images(len(labels), bar.update)
             scored = scores.score(*look(made), labels, reference, knows_labels=look.knows_labels)
             first = first or scored
             results["points"].append(describe(point, look, scored, first))
             rows.append(made[shown])
             if jax.process_index() == 0:
                 report.write_tables(out, results)
-        grids[name] = images.grid(
-            np.concatenate(rows), len(shown), scale=max(1, 32 // made.shape[1])
-        )
+        scale = max(1, 32 // made.shape[1])
+        grids[name] = images.grid(np.concatenate(rows), len(shown), scale=scale)
     bar.close()
     if jax.process_index() == 0:
         report.write_pictures(out, results, grids)
         print(report.table(results["points"]))
         for file in ("sweep.csv", "sweep.json", "curve.png", "report.html"):
             print(out / file)
+
+
+def load_networks(
+    model: experiment.Experiment, classifier: experiment.Experiment | None
+) -> dict[str, tuple[int, Params]]:
+    """{"model": (step, EMA), "classifier": ...}, of the folders that the flags name."""
+    networks = {"model": generator.load_ema(FLAGS.workdir, model)}
+    if classifier is not None:
+        networks["classifier"] = generator.load_ema(FLAGS.classifier, classifier)
+    return networks
 
 
 def versions() -> dict[str, str]:
@@ -172,8 +166,9 @@ def look_at_real(
 ) -> tuple[scores.Reference, dict[str, dict[str, Any]]]:
     """What generated images are compared with, and how it and real images held out are described.
 
-    The reference is what training saw. The scores of the others, the judge's accuracy among them,
-    say what to expect of images that are real.
+    The reference is what training saw; "nn" is the mean distance of its images to the nearest of
+    the others. The scores of those held out, the judge's accuracy among them, say what to expect of
+    images that are real.
     """
     seen, held_out = (dataset.load(split) for split in (dataset.split, dataset.held_out))
     runlog.say(f"looking at {len(seen)} + {len(held_out)} real images of {dataset.name}")
@@ -188,6 +183,7 @@ def look_at_real(
             "split": dataset.split,
             "images": len(seen),
             "features": reference.features.shape[1],
+            "nn": float(neighbours.among(reference.features).mean()),
         },
         "held_out": {
             "split": dataset.held_out,

@@ -109,7 +109,8 @@ def _title(name: str) -> str:
 def draw_curve(sweep: Sweep) -> bytes:
     """curve.png: Frechet distance against inception score, and each score against w.
 
-    Bars are 95 % bootstrap intervals; the grey lines are what held-out real images score.
+    Bars are 95 % bootstrap intervals; the grey lines are what held-out real images score, the
+    dashed one the distance of a training image to the nearest of the others.
     """
     rules = _by_rule(sweep["points"])
     names = list(sweep["points"][0]["scores"])
@@ -150,6 +151,9 @@ def draw_curve(sweep: Sweep) -> bytes:
         axes[name].set_xlabel("w", fontsize=8)
         if name in held_out:
             axes[name].axhline(held_out[name]["value"], color="0.6", linewidth=0.8, zorder=0)
+        if name == "nn":
+            among = sweep["recipe"]["reference"]["nn"]
+            axes[name].axhline(among, color="0.6", linewidth=0.8, linestyle="--", zorder=0)
     for key in ("curve", fd):
         values = [p["scores"][fd]["value"] for p in sweep["points"]]
         if min(values) > 0 and max(values) > 20 * min(values):
@@ -180,7 +184,7 @@ th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid var(
 th { white-space: normal; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; }
 tr.first td { border-top: 2px solid var(--soft); }
-td small { color: var(--soft); }
+td small { color: var(--soft); display: block; }
 .grid { display: grid; grid-template-columns: auto 1fr; gap: 0 .7rem; margin: .5rem 0 1.5rem; }
 .grid div { display: flex; flex-direction: column; justify-content: space-around;
             font-size: .8rem; text-align: right; }
@@ -203,7 +207,7 @@ def page(sweep: Sweep, curve: bytes, grids: Mapping[str, np.ndarray]) -> str:
         f"<img src='{_data_uri(curve)}' alt='Scores against w'>",
         "<p class='soft'>Bars are 95 % bootstrap intervals. Grey lines: the"
         f" {held_out['images']:,} real images of {html.escape(held_out['split'])}, which training"
-        " did not see.</p>",
+        " did not see; dashed, the distance of a training image to the nearest of the others.</p>",
         "<h2>Images from equal seeds</h2>",
     ]
     for rule, points_of_rule in _by_rule(points).items():
@@ -218,8 +222,8 @@ def page(sweep: Sweep, curve: bytes, grids: Mapping[str, np.ndarray]) -> str:
         f"<div class='scroll'>{_html_table(points, held_out['scores'])}</div>",
         "<p class='soft'>Evaluations are those of the network an image; behind a plus, those of the"
         " classifier with its gradient. Precision and recall use the"
-        f" {recipe['precision_recall']['k']} nearest neighbours. Images much nearer to the training"
-        " set than held-out ones are would be copies of it.</p>",
+        f" {recipe['precision_recall']['k']} nearest neighbours. Images nearer to a training image"
+        f" than these are to one another ({reference['nn']:.3f}) would be copies of them.</p>",
         "<h2>Recipe</h2><details><summary>Everything that made these numbers</summary>"
         f"<pre>{html.escape(json.dumps(recipe, indent=1))}</pre></details>",
     ]

@@ -11,12 +11,12 @@ from typing import Any
 
 import jax
 import numpy as np
-import tqdm
 from absl import flags
 from etils import epath
 
 from cfg_jax import command, experiment, generator
 from cfg_jax.data import images
+from cfg_jax.runtime import logging as runlog
 from cfg_jax.runtime import mesh as meshes
 from cfg_jax.types import UsageError
 
@@ -85,10 +85,10 @@ def main(config: dict[str, Any]) -> None:
     first = jax.process_index() == 0
     if first:
         make_folder(out)
-    bar = tqdm.tqdm(total=len(w) * len(labels), unit="image", disable=not first)
+    bar = runlog.progress_bar(len(w) * len(labels), "image")
     pictures = []
     for strength in w:
-        bar.set_description(name_w(strength))
+        bar.set_description(name_w(strength), refresh=False)
         pictures.append(sampled(labels, strength, seed=FLAGS.seed, progress=bar.update))
     bar.close()
     if not first:

@@ -36,6 +36,7 @@ class Point:
     sampled: generator.Generator
     w: float
     seed: int
+    fingerprints: dict[str, str]  # of the parameters of the sampler's networks
     folder: epath.Path  # of the sweep
 
     @property
@@ -56,15 +57,12 @@ class Point:
             return model.sample.steps * first, model.sample.steps * second
         return model.sample.steps * (first + second), 0
 
-    def images(
-        self, count: int, fingerprints: dict[str, str], progress: Callable[[int], Any]
-    ) -> np.ndarray:
+    def images(self, count: int, progress: Callable[[int], Any]) -> np.ndarray:
         """Images 0 to count - 1, uint8 [N, H, W, C]: read where they are, made where they are not.
 
-        fingerprints are those of the networks' parameters. `progress` is told how many more there
-        are.
+        `progress` is told how many more there are.
         """
-        store = self._store(fingerprints)
+        store = self._store()
         found = _read(store, count)
         # All processes go on from one place, whatever each of them could see of the folder.
         have = meshes.least(sum(map(len, found)))
@@ -83,14 +81,14 @@ class Point:
             progress(len(made))
         return np.concatenate(found)
 
-    def _store(self, fingerprints: dict[str, str]) -> epath.Path:
+    def _store(self) -> epath.Path:
         recipe = {
             "networks": [
                 {key: network.config[key] for key in ("model", "schedule", "reading")}
                 for network in (self.sampled.model, self.sampled.classifier)
                 if network is not None
             ],
-            "params": fingerprints,
+            "params": self.fingerprints,
             "sample": {**self.sampled.model.config["sample"], "batch_size": None},
             "seed": self.seed,
             "w": self.w,

@@ -83,8 +83,10 @@ def test_every_rule_has_every_w_and_every_score(sweep, trained, judge):
         difference = second["scores"][name]["value"] - first["scores"][name]["value"]
         assert change == pytest.approx(difference, abs=1e-9)
     recipe = found["recipe"]
-    assert recipe["workdir"] == str(trained) and recipe["step"] == 20
+    assert recipe["workdir"] == str(trained)
+    assert recipe["steps"] == {"model": 20, "classifier": 7}
     assert recipe["features"]["workdir"] == str(judge)
+    assert recipe["reference"].pop("nn") > 0
     assert recipe["reference"] == {
         "dataset": "digits",
         "split": "train",

@@ -429,6 +429,8 @@ def test_nearest_by_definition_over_several_blocks(monkeypatch):
     got = neighbours.nearest(generated, real)
     np.testing.assert_allclose(got, want, atol=1e-6)
     assert got[7] == 0
+    apart = np.linalg.norm(real[:, None] - real[None], axis=-1) + np.diag(np.full(50, np.inf))
+    np.testing.assert_allclose(neighbours.among(real), apart.min(1), atol=1e-6)
 
 
 def test_strata_are_resampled_within_themselves():

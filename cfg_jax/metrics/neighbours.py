@@ -1,6 +1,7 @@
-"""How near an image lies to those that a model was trained on: is it memorising?
+"""Distances to nearest neighbours, in blocks. Is a model memorising?
 
-Generated images nearer to the training set than held-out real ones are would be copies of it.
+Generated images that lie nearer to the training set than its images lie to one another would be
+copies of them.
 """
 
 import numpy as np
@@ -23,3 +24,32 @@ def nearest(generated, real) -> np.ndarray:
             square = features.squared_distances(a, b - centre)
             least[rows] = np.minimum(least[rows], square.min(1))
     return np.sqrt(least)
+
+
+def among(real) -> np.ndarray:
+    """The distance from each row of features [N, D] to the nearest of the others: [N].
+
+    O(N^2 D / 2). UsageError for a single row, NaN or infinity.
+    """
+    real = features.checked(real, "features of real images", at_least=2)
+    return np.sqrt(squared_radii(real, real.mean(0, dtype=np.float64), 1))
+
+
+def squared_radii(points: np.ndarray, centre: np.ndarray, k: int) -> np.ndarray:
+    """The squared distance of each point [N, D] to its k-th nearest neighbour but itself: [N]."""
+    least = np.full((len(points), k), np.inf)
+
+    def meet(rows: slice, square: np.ndarray):
+        candidates = np.concatenate([least[rows], square], axis=1)
+        least[rows] = np.partition(candidates, k - 1, axis=1)[:, :k]
+
+    for rows, a in features.blocks(points, features.BLOCK):
+        a -= centre
+        for columns, b in features.blocks(points[: rows.stop], features.BLOCK):
+            square = features.squared_distances(a, b - centre)
+            if rows == columns:
+                np.fill_diagonal(square, np.inf)
+            else:
+                meet(columns, square.T)
+            meet(rows, square)
+    return least.max(1)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cfg_jax.metrics import features
+from cfg_jax.metrics import features, neighbours
 from cfg_jax.types import UsageError
 
 
@@ -56,23 +56,8 @@ def inside(generated, real, *, k: int = 3) -> Inside:
 
 
 def _squared_radii(points: np.ndarray, centre: np.ndarray, k: int, name: str) -> np.ndarray:
-    """The squared distance of each point [N, D] to its k-th nearest neighbour but itself: [N]."""
-    nearest = np.full((len(points), k), np.inf)
-
-    def meet(rows: slice, square: np.ndarray):
-        candidates = np.concatenate([nearest[rows], square], axis=1)
-        nearest[rows] = np.partition(candidates, k - 1, axis=1)[:, :k]
-
-    for rows, a in features.blocks(points, features.BLOCK):
-        a -= centre
-        for columns, b in features.blocks(points[: rows.stop], features.BLOCK):
-            square = features.squared_distances(a, b - centre)
-            if rows == columns:
-                np.fill_diagonal(square, np.inf)
-            else:
-                meet(columns, square.T)
-            meet(rows, square)
-    radii = nearest.max(1)
+    """The squared radius of the ball around each point [N, D]: [N]."""
+    radii = neighbours.squared_radii(points, centre, k)
     if not radii.all():
         warnings.warn(
             f"{np.sum(radii == 0)} of {len(radii)} {name} images have {k} or more exact copies: "

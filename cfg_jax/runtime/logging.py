@@ -20,6 +20,18 @@ def say(message: str) -> None:
         tqdm.tqdm.write(message, file=sys.stderr)
 
 
+def progress_bar(total: int, unit: str, *, initial: int = 0) -> tqdm.tqdm:
+    """A bar with the time left, on process 0; a line now and then where nobody watches it move."""
+    return tqdm.tqdm(
+        total=total,
+        initial=initial,
+        unit=unit,
+        mininterval=0.5 if sys.stderr.isatty() else 20,
+        dynamic_ncols=True,
+        disable=jax.process_index() > 0,
+    )
+
+
 def _lines_up_to(path: epath.Path, step: int) -> list[str]:
     kept = []
     for line in path.read_text().splitlines() if path.exists() else []:
@@ -50,13 +62,7 @@ class RunLog:
         beside.replace(path)
         self._lines = path.open("a")
         self._events = SummaryWriter(str(root / "tensorboard"), purge_step=start + 1)
-        self._bar = tqdm.tqdm(
-            total=steps,
-            initial=start,
-            unit="step",
-            mininterval=0.5 if sys.stderr.isatty() else 20,
-            dynamic_ncols=True,
-        )
+        self._bar = progress_bar(steps, "step", initial=start)
 
     def advance(self) -> None:
         """One more step is done: moves the bar."""
