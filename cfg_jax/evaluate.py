@@ -19,7 +19,7 @@ from absl import flags
 from etils import epath
 
 from cfg_jax import command, experiment, features, generator, report, sample, schema, scores, sweep
-from cfg_jax.data import images
+from cfg_jax.data import datasets, images
 from cfg_jax.diffusion import guidance
 from cfg_jax.metrics import neighbours
 from cfg_jax.runtime import logging as runlog
@@ -172,11 +172,8 @@ def look_at_real(
     """
     seen, held_out = (dataset.load(split) for split in (dataset.split, dataset.held_out))
     runlog.say(f"looking at {len(seen)} + {len(held_out)} real images of {dataset.name}")
-    reference = scores.Reference.of(look(seen[:]["image"])[0])
-    others = held_out[:]
-    scored = scores.score(
-        *look(others["image"]), others["label"], reference, knows_labels=look.knows_labels
-    )
+    reference = scores.Reference.of(look_through(look, seen)[0])
+    scored = scores.score(*look_through(look, held_out), reference, knows_labels=look.knows_labels)
     return reference, {
         "reference": {
             "dataset": dataset.name,
@@ -191,6 +188,15 @@ def look_at_real(
             "scores": {called(look, name): s.summary() for name, s in scored.items()},
         },
     }
+
+
+def look_through(look: features.Extractor, examples: datasets.Examples) -> list[np.ndarray]:
+    """Features, logits and labels of all examples, of which few are in memory at a time."""
+    parts = []
+    for start in range(0, len(examples), 1024):
+        some = examples[start : start + 1024]
+        parts.append((*look(some["image"]), some["label"]))
+    return [np.concatenate(column) for column in zip(*parts, strict=True)]
 
 
 def called(look: features.Extractor, name: str) -> str:

@@ -15,6 +15,7 @@ from cfg_jax.metrics import (
 K = 3  # neighbours of precision and recall
 REPLICATES = 1000
 FRECHET_REPLICATES = 200
+LEAST_STRATUM = 10  # images: resampling within n of them understates a variance by 1 / n
 WIDEST = 512  # features: above it the bootstrap of the Frechet distance takes hours
 
 
@@ -68,16 +69,19 @@ def score(
 
     "fd": Frechet distance to the reference; "is": inception score; "precision" and "recall" (k =
     3); "nn": mean distance to the nearest reference image; and where the labels are classes of the
-    logits, "accuracy". Resamples keep the number of images of each label, which was no accident.
-    Raises the UsageErrors of the metrics.
+    logits, "accuracy". Resamples are of these images, for recall of the reference's; where labels
+    have ten images or more, each label keeps its number of them, which was no accident. Raises the
+    UsageErrors of the metrics.
     """
+    many = np.unique(labels, return_counts=True)[1].min() >= LEAST_STRATUM
+    strata = labels if many else None
     wide = features.shape[1] > WIDEST
     fd = Score(
         frechet.distance(frechet.moments(features), reference.moments),
         None
         if wide
         else frechet.resampled(
-            features, reference.moments, replicates=FRECHET_REPLICATES, strata=labels
+            features, reference.moments, replicates=FRECHET_REPLICATES, strata=strata
         ),
     )
     of_is = inception_score.inception_score(logits)
@@ -85,18 +89,18 @@ def score(
     out = {
         "fd": fd,
         "is": Score(
-            of_is.mean, inception_score.resampled(logits, replicates=REPLICATES, strata=labels)
+            of_is.mean, inception_score.resampled(logits, replicates=REPLICATES, strata=strata)
         ),
-        "precision": _mean(on.generated, labels),
+        "precision": _mean(on.generated, strata),
         "recall": _mean(on.real),
-        "nn": _mean(neighbours.nearest(features, reference.features), labels),
+        "nn": _mean(neighbours.nearest(features, reference.features), strata),
     }
     if knows_labels:
-        out["accuracy"] = _mean(logits.argmax(1) == labels, labels)
+        out["accuracy"] = _mean(logits.argmax(1) == labels, strata)
     return out
 
 
-def _mean(values: np.ndarray, labels: np.ndarray | None = None) -> Score:
+def _mean(values: np.ndarray, strata: np.ndarray | None = None) -> Score:
     values = np.asarray(values, np.float64)
-    again = bootstrap.resampled_mean(values, replicates=REPLICATES, strata=labels)
+    again = bootstrap.resampled_mean(values, replicates=REPLICATES, strata=strata)
     return Score(float(values.mean()), again)

@@ -230,6 +230,16 @@ def test_scores_know_better_from_worse():
     assert "accuracy" not in scores.score(*images_of(200, 0, 1), reference, knows_labels=False)
 
 
+def test_labels_with_few_images_are_no_strata():
+    """Resampled within one image each, nothing would move, and every error would be 0."""
+    rows, logits, _ = images_of(60, 0, 1)
+    reference = scores.Reference.of(images_of(80, 0, 0)[0])
+    for name, scored in scores.score(
+        rows, logits, np.arange(60), reference, knows_labels=False
+    ).items():
+        assert scored.summary()["error"] > 0, name
+
+
 def test_differences_are_paired():
     """The same images with a constant added: each differs by it exactly, so the error is 0."""
     rng = np.random.default_rng(0)
