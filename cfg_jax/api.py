@@ -50,11 +50,14 @@ class Model:
         """
         return self._generator(labels, w, seed=seed, index=index)
 
-    def save(self, path: str) -> None:
-        """Writes the EMA and its config as float32 .safetensors, which `load` reads back."""
+    def save(self, path: str, *, dtype: str = "float32") -> None:
+        """Writes the EMA and its config as .safetensors, which `load` and the jobs read back.
+
+        dtype "float16" halves the file; the images then differ by a level here and there.
+        """
         metadata = {"config": json.dumps(self.config), "step": str(self.step)}
         params = jax.device_get(self._generator.params["model"])
-        weights.save_safetensors(path, params, metadata)
+        weights.save_safetensors(path, params, metadata, dtype=dtype)
 
 
 def load(path: str, classifier: str | None = None) -> Model:

@@ -1,13 +1,18 @@
 """A job's command line: flags, a config with overrides, and a user's mistake in one line."""
 
+import logging as std_logging
+import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
 
+import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from cfg_jax import experiment, schema
+from cfg_jax.runtime import mesh as meshes
 from cfg_jax.types import UsageError
 
 
@@ -33,8 +38,10 @@ def run(main: Callable, config: Callable[[dict[str, str]], dict] | None = None) 
 
     def body(rest: list[str]) -> None:
         if not flags.FLAGS["verbosity"].present:
-            # The libraries' own reports are for those who ask for them, with --verbosity=0.
-            logging.set_verbosity(logging.ERROR)
+            # The libraries' own reports are for those who ask for them, with --verbosity=0: what
+            # they found wrong is raised too, and is told here in a line.
+            logging.set_verbosity(logging.FATAL)
+            std_logging.getLogger("asyncio").setLevel(std_logging.CRITICAL)
         try:
             if len(rest) > 1:
                 raise UsageError(f"{rest[1]!r} is not a flag: write --name=value.")
@@ -44,13 +51,37 @@ def run(main: Callable, config: Callable[[dict[str, str]], dict] | None = None) 
                 main(experiment.SCHEMA.complete(holder.value.to_dict()))
         except UsageError as error:
             _leave(error)
+        except Exception as error:
+            if not jax.distributed.is_initialized():
+                raise
+            if meshes.lost_another(error):
+                reason = str(error).splitlines()[0][:200]
+                print(
+                    f"stopped: another process is gone ({reason}); start all of them again, and "
+                    "they go on from the last checkpoint.",
+                    file=sys.stderr,
+                )
+            else:
+                traceback.print_exc()
+            leave(1)
 
     app.run(body, argv=argv)
 
 
 def _leave(error: UsageError) -> None:
     print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
+    leave(2)
+
+
+def leave(status: int) -> None:
+    """Ends the process; one of several at once, for JAX would have it wait for the others first,
+    who wait for it.
+    """
+    if not jax.distributed.is_initialized():
+        sys.exit(status)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _take_config(argv: list[str]) -> tuple[list[str], dict[str, str]]:

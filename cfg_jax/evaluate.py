@@ -71,6 +71,7 @@ def main(config: dict[str, Any]) -> None:
     make_extractor = schema.entry("--features", features.FEATURES, FLAGS.features)
     meshes.initialize_distributed(FLAGS.distributed)
     meshes.split_cpu(config["sample"]["batch_size"])
+    meshes.keep_compiled(FLAGS.workdir)
     mesh = meshes.make_mesh()
 
     classifier = None

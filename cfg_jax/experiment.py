@@ -14,7 +14,7 @@ from cfg_jax import schema, train_step
 from cfg_jax.data import datasets, images
 from cfg_jax.diffusion import guidance, logsnr, losses, samplers, schedules
 from cfg_jax.models import network as networks
-from cfg_jax.types import Array, Guidance, Network, Sampler, Schedule, UsageError
+from cfg_jax.types import Array, Guidance, Network, Params, Sampler, Schedule, UsageError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Train:
     batch_size: int = 128  # global, over all devices and processes
     seed: int = 0  # of the parameters, the data's order and every draw
     fsdp: int = 1  # devices that share one copy of the state; 1 is plain data parallelism
+    accumulate: int = 1  # parts of the batch that a device takes one after the other
     log_every: int = 100
     checkpoint_every: int = 1000
     keep: int = 2  # checkpoints
@@ -32,7 +33,8 @@ class Train:
     sample_w: tuple[float, ...] = (0.0, 1.0, 4.0)
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "fsdp", "log_every", "checkpoint_every", "keep"):
+        counts = ("steps", "batch_size", "fsdp", "accumulate", "log_every", "checkpoint_every")
+        for name in (*counts, "keep"):
             if getattr(self, name) < 1:
                 raise UsageError(f"train.{name}={getattr(self, name)}: must be at least 1.")
         if self.sample_every < 0:
@@ -73,6 +75,7 @@ class Experiment:
     config: Mapping[str, Any]  # complete
     dataset: Any
     network: Network
+    dtypes: Callable[[], Params]  # in which precision the network reads each parameter
     features: Network | None  # a classifier's, before its last affine map; the same parameters
     schedule: Schedule
     reading: logsnr.Reading
@@ -157,11 +160,10 @@ def _options(section: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in section.items() if key != "name"}
 
 
-def _make_network(model: Mapping[str, Any], told: Mapping[str, Any]) -> Callable[..., Network]:
+def _module(model: Mapping[str, Any], told: Mapping[str, Any]) -> networks.Build:
     takes = inspect.signature(networks.MODELS[model["name"]]).parameters
     told = {name: value for name, value in told.items() if name in takes}
-    module = networks.make(model["name"], **_options(model), **told)
-    return functools.partial(networks.network, module, sinusoid_input=schedules.sinusoid_input)
+    return networks.make(model["name"], **_options(model), **told)
 
 
 def build(config: Mapping[str, Any]) -> Experiment:
@@ -184,7 +186,7 @@ def build(config: Mapping[str, Any]) -> Experiment:
         raise UsageError(
             f"images of {dataset.name} are {height}x{size}: the networks want squares."
         )
-    make_network = _make_network(
+    module = _module(
         config["model"],
         {
             "image_size": size,
@@ -193,6 +195,9 @@ def build(config: Mapping[str, Any]) -> Experiment:
             "num_classes": dataset.num_classes,
             "null_row": null_row,
         },
+    )
+    make_network = functools.partial(
+        networks.network, module, sinusoid_input=schedules.sinusoid_input
     )
     network = make_network()
     bound_loss = functools.partial(
@@ -212,6 +217,7 @@ def build(config: Mapping[str, Any]) -> Experiment:
         config=config,
         dataset=dataset,
         network=network,
+        dtypes=functools.partial(networks.dtypes, module),
         features=make_network(method="features") if is_classifier else None,
         schedule=schedule,
         reading=reading,

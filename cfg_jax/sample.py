@@ -70,6 +70,7 @@ def main(config: dict[str, Any]) -> None:
     w = list(dict.fromkeys(parse_numbers("w", FLAGS.w, float)))
     meshes.initialize_distributed(FLAGS.distributed)
     meshes.split_cpu(config["sample"]["batch_size"])
+    meshes.keep_compiled(FLAGS.workdir)
     model, classifier = experiment.build(config), None
     if FLAGS.classifier is not None:
         classifier = experiment.build(generator.saved_config(FLAGS.classifier, "--classifier"))

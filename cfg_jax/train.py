@@ -1,9 +1,10 @@
 """The training job: one jitted, donated, sharded step, and the loop around it.
 
     python -m cfg_jax.train --config=digits --workdir=DIR [--config.FIELD=VALUE ...]
-        [--init_from=DIR] [--distributed]
+        [--init_from=DIR] [--profile=FIRST:LAST] [--distributed]
 
-Writes config.json, checkpoints/, metrics.jsonl, TensorBoard events and sample grids to the workdir.
+Writes config.json, checkpoints/, metrics.jsonl, TensorBoard events, sample grids and what the
+compiler made (compiled/, for the next start) to the workdir.
 Run again with the same workdir it goes on where it stopped, to the bit.
 """
 
@@ -26,6 +27,7 @@ from cfg_jax.models import weights
 from cfg_jax.runtime import checkpoint
 from cfg_jax.runtime import logging as runlog
 from cfg_jax.runtime import mesh as meshes
+from cfg_jax.runtime import profile as profiles
 from cfg_jax.runtime import stop as stops
 from cfg_jax.runtime import window as windows
 from cfg_jax.types import Params, UsageError
@@ -36,6 +38,7 @@ MAY_CHANGE = (
     "sample.",
     "train.steps",
     "train.fsdp",
+    "model.remat",
     "train.log_every",
     "train.checkpoint_every",
     "train.keep",
@@ -118,11 +121,18 @@ class LabelProbes:
             probes.drop_rate_holds(means["p_uncond"], count, self._p_uncond)
 
 
-def train(config: Mapping[str, Any], workdir: str, init_from: str | None = None) -> None:
+def train(
+    config: Mapping[str, Any],
+    workdir: str,
+    *,
+    init_from: str | None = None,
+    profile: str | None = None,
+) -> None:
     """Trains to the config's last step, from the newest checkpoint in workdir if there is one.
 
-    Raises UsageError for what is wrong with the config or the folders, before anything is written;
-    Diverged for what is not finite; ProbeError for a silent mistake.
+    `profile` is a window of steps to trace, "FIRST:LAST". Raises UsageError for what is wrong with
+    the config or the folders, before anything is written; Diverged for what is not finite;
+    ProbeError for a silent mistake; NotSaved where a checkpoint cannot be written.
     """
     config = experiment.SCHEMA.complete(config)
     check_same_run(workdir, config)
@@ -132,7 +142,8 @@ def train(config: Mapping[str, Any], workdir: str, init_from: str | None = None)
     if shows:
         generator.check_guidance(model, None, plan.sample_w)
     mesh = meshes.make_mesh(plan.fsdp)
-    meshes.check_batch(mesh, plan.batch_size)
+    meshes.check_batch(mesh, plan.batch_size, plan.accumulate)
+    tracer = profiles.Profile(profile, epath.Path(workdir) / "profile")
     batches = batching.Batches(
         examples=model.dataset.load(),
         batch_size=plan.batch_size,
@@ -151,7 +162,13 @@ def train(config: Mapping[str, Any], workdir: str, init_from: str | None = None)
     shardings = meshes.state_shardings(mesh, shapes)
     step_fn = jax.jit(
         functools.partial(
-            train_step.train_step, loss=model.loss, optimizer=model.optimizer, ema=model.ema
+            train_step.train_step,
+            loss=model.loss,
+            optimizer=model.optimizer,
+            ema=model.ema,
+            gather=meshes.whole(mesh, model.dtypes()) if plan.fsdp > 1 else lambda params: params,
+            accumulate=plan.accumulate,
+            unroll=jax.default_backend() == "cpu",
         ),
         donate_argnums=0,
         out_shardings=(shardings, meshes.replicated(mesh)),
@@ -198,8 +215,11 @@ def train(config: Mapping[str, Any], workdir: str, init_from: str | None = None)
         )
         feed = stack.enter_context(contextlib.closing(batching.iterate(batches, start)))
         window = windows.Window()
-        for step, rows in feed:
+        stack.enter_context(tracer)
+        for step, rows in window.fed_by(feed):
+            tracer.before(step)
             state, metrics = step_fn(state, {}, meshes.shard_local(mesh, rows), key_train)
+            tracer.after(step, metrics)
             done = step + 1
             if step == start:
                 jax.block_until_ready(metrics)
@@ -252,18 +272,20 @@ FLAGS = flags.FLAGS
 def _define_flags() -> None:
     flags.DEFINE_string("workdir", None, "The run's folder; made if absent.", required=True)
     flags.DEFINE_string("init_from", None, "Start a new run from the EMA of this one.")
+    flags.DEFINE_string("profile", None, "Steps to trace, as 100:110, into WORKDIR/profile.")
     flags.DEFINE_bool("distributed", False, "Join the other processes of a cluster.")
 
 
 def main(config: dict[str, Any]) -> None:
-    """Trains. A loss that is not finite, or a probe that fails, is exit status 1."""
+    """Trains. What stops a run that was well begun is one line and exit status 1."""
     meshes.initialize_distributed(FLAGS.distributed)
     meshes.split_cpu(config["train"]["batch_size"])
+    meshes.keep_compiled(FLAGS.workdir)
     try:
-        train(config, FLAGS.workdir, FLAGS.init_from)
-    except (windows.Diverged, probes.ProbeError) as error:
+        train(config, FLAGS.workdir, init_from=FLAGS.init_from, profile=FLAGS.profile)
+    except (windows.Diverged, probes.ProbeError, checkpoint.NotSaved, OSError) as error:
         print(f"stopped: {error}; checkpoints from before it are kept.", file=sys.stderr)
-        sys.exit(1)
+        command.leave(1)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ mesh.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -83,19 +84,61 @@ def init_state(key: Array, network: Network, optimizer: optax.GradientTransforma
     )
 
 
+def in_parts(gradient: Callable, count: int, *, unroll: bool) -> Callable:
+    """`gradient` as its mean over `count` parts of the batch, one after the other: less memory.
+
+    Part k holds rows k, k + count, ..., an equal share of the rows of every device, so that none
+    moves; its key is fold_in(key, k). Sums are float32. `unroll` writes the parts out instead of
+    looping over them, which XLA:CPU needs: it has no fast gradient of a kernel inside a loop.
+    """
+
+    def mean(params: Params, frozen: Params, batch: Batch, key: Array):
+        parts = jax.tree.map(
+            lambda rows: rows.reshape(-1, count, *rows.shape[1:]).swapaxes(0, 1), batch
+        )
+
+        def one(k: Array, rows: Batch):
+            out = gradient(params, frozen, rows, jax.random.fold_in(key, k))
+            return jax.tree.map(lambda a: a.astype(jnp.float32), out)
+
+        def add(total, part):
+            return jax.tree.map(jnp.add, total, one(*part)), None
+
+        shapes = jax.eval_shape(one, 0, jax.tree.map(lambda rows: rows[0], parts))
+        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+        total, _ = jax.lax.scan(add, zeros, (jnp.arange(count), parts), unroll=unroll)
+        return jax.tree.map(lambda a: a / count, total)
+
+    return mean
+
+
 def train_step(
-    state: TrainState, frozen: Params, batch: Batch, key: Array, *, loss, optimizer, ema: Ema
+    state: TrainState,
+    frozen: Params,
+    batch: Batch,
+    key: Array,
+    *,
+    loss,
+    optimizer,
+    ema: Ema,
+    gather: Callable[[Params], Params] = lambda params: params,
+    accumulate: int = 1,
+    unroll: bool = False,
 ) -> tuple[TrainState, dict[str, Array]]:
     """One update. The randomness of step t is fold_in(key, t).
 
     loss(params, frozen, batch, key) -> (scalar, metrics). The metrics returned are its own, with
     `loss`, `grad_norm` (before clipping) and `param_norm` (after the update): where all three are
-    finite, so is the state returned.
+    finite, so is the state returned. The loss sees what `gather` makes of the parameters, once a
+    step: the same numbers elsewhere or in another precision. `accumulate` and `unroll` are those of
+    `in_parts`.
     """
     key = jax.random.fold_in(key, state.step)
-    (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(
-        state.params, frozen, batch, key
-    )
+    gradient = jax.value_and_grad(loss, has_aux=True)
+    if accumulate > 1:
+        gradient = in_parts(gradient, accumulate, unroll=unroll)
+    (value, metrics), grads = gradient(gather(state.params), frozen, batch, key)
+    grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     norms = {"grad_norm": optax.global_norm(grads), "param_norm": optax.global_norm(params)}

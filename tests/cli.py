@@ -16,6 +16,21 @@ import traceback
 import warnings
 from pathlib import Path
 
+# A digits run small enough for a test: 8x8 images, 23 thousand parameters, 8 noise levels.
+TINY = (
+    "--config=digits",
+    "--config.model.channels=8",
+    "--config.model.num_res_blocks=1",
+    "--config.model.channel_mult=(1,1)",
+    "--config.model.head_channels=8",
+    "--config.train.batch_size=16",
+    "--config.train.log_every=5",
+    "--config.train.checkpoint_every=10",
+    "--config.train.sample_every=0",
+    "--config.sample.steps=8",
+    "--config.sample.batch_size=16",
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Result:

@@ -15,7 +15,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 # Compiling is most of what a small network costs a test.
 jax.config.update("jax_disable_most_optimizations", True)
 import pytest
-from cli import Cli
+from cli import TINY, Cli
 
 
 @pytest.fixture(scope="session")
@@ -24,22 +24,6 @@ def cli():
     runner = Cli()
     yield runner
     runner.close()
-
-
-# A digits run small enough for a test: 8x8 images, 33 thousand parameters, 8 noise levels.
-TINY = (
-    "--config=digits",
-    "--config.model.channels=8",
-    "--config.model.num_res_blocks=1",
-    "--config.model.channel_mult=(1,1)",
-    "--config.model.head_channels=8",
-    "--config.train.batch_size=16",
-    "--config.train.log_every=5",
-    "--config.train.checkpoint_every=10",
-    "--config.train.sample_every=0",
-    "--config.sample.steps=8",
-    "--config.sample.batch_size=16",
-)
 
 
 @pytest.fixture(scope="session")

@@ -29,6 +29,13 @@ CASES = {
     "image size and levels": (["--config.model.channel_mult=(1,1,1,1,1)"], ["8", "level"]),
     "fsdp and mesh": (["--config.train.fsdp=3"], ["fsdp=3", "devices"]),
     "batch and mesh": (["--config.train.batch_size=20"], ["batch_size=20", "8 devices", "try 16"]),
+    "batch and its parts": (
+        ["--config.train.batch_size=16", "--config.train.accumulate=3"],
+        ["batch_size=16", "train.accumulate=3", "try "],
+    ),
+    "no parts": (["--config.train.accumulate=0"], ["train.accumulate=0", "at least"]),
+    "unknown remat": (["--config.model.remat=all"], ["remat='all'", "products"]),
+    "profile of nothing": (["--profile=9"], ["--profile=9", "100:110"]),
     "unknown data set": (["--config.dataset.name=imagnet"], ["imagnet", "cifar10"]),
     "data set that is not prepared": (
         ["--config.dataset.name=cifar10", "--config.model.attention_resolutions=(16,)"],

@@ -311,6 +311,41 @@ def test_bfloat16_compute_is_close_to_float32(params, apply):
     assert 1e-4 < error < 3e-2  # and it did compute in bfloat16
 
 
+def test_a_parameter_in_the_dtype_that_is_read_gives_the_same_bits(params):
+    build = network.make("unet", **TINY, dtype="bfloat16")
+    dtypes = network.dtypes(build)
+    assert jax.tree.structure(dtypes) == jax.tree.structure(params)
+    flat = weights.flatten(dtypes)
+    assert {
+        str(flat[path]) for path in ("time/hidden/kernel", "norm_out/scale", "label/table")
+    } == {"float32"}
+    assert flat["encoder/conv_in/kernel"] == flat["encoder/middle/layers/1/qkv/bias"] == "bfloat16"
+    apply = QUICK(tiny(dtype="bfloat16").apply)
+    cast = jax.tree.map(lambda p, dtype: jnp.asarray(p, dtype), params, dtypes)
+    np.testing.assert_array_equal(apply(cast, Z, LAM, COND), apply(params, Z, LAM, COND))
+
+
+@pytest.mark.slow
+def test_rematerialising_changes_the_work_and_not_the_gradient(params):
+    def gradient(remat):
+        net = tiny(remat=remat)
+
+        def loss(params):
+            return jnp.square(net.apply(params, Z, LAM, COND, jax.random.key(3))).mean()
+
+        program = jax.jit(jax.grad(loss)).lower(params)
+        flops = program.cost_analysis()["flops"]
+        grads = program.compile(compiler_options=recipe.QUICK)(params)
+        return flops, jnp.concatenate([g.ravel() for g in jax.tree.leaves(grads)])
+
+    flops, want = gradient("none")
+    # A forward pass is a third of the whole; what is elementwise is far less.
+    for remat, least in (("products", 1.001), ("blocks", 1.2)):
+        more_flops, got = gradient(remat)
+        assert jnp.linalg.norm(got - want) < 1e-5 * jnp.linalg.norm(want)
+        assert more_flops > least * flops
+
+
 def test_gradients_are_finite_and_reach_every_leaf(net, params):
     def loss(params, key):
         return jnp.square(net.apply(params, Z, LAM, COND, key)).mean()
@@ -363,6 +398,7 @@ def test_sharded_batch_and_parameters(net, params, apply):
         ({"channels": 7, "num_heads": 1}, "channels=7 must be positive and even"),
         ({"dropout": 1.0}, r"dropout=1.0.*\[0, 1\)"),
         ({"dtype": "float16"}, "dtype='float16'.*'float32' or 'bfloat16'"),
+        ({"remat": "some"}, "remat='some'.*none, products, blocks"),
         ({"chanels": 8}, "no field chanels; it has image_size, num_classes,.*dtype"),
     ],
     ids=lambda value: value if isinstance(value, str) else " ",
@@ -402,6 +438,21 @@ def test_safetensors_round_trip_is_exact(tmp_path, params):
         assert ours.dtype == theirs.dtype
         np.testing.assert_array_equal(ours, theirs)
     assert [path.name for path in tmp_path.iterdir()] == ["ema.safetensors"]
+
+
+def test_half_precision_halves_the_file(tmp_path, params):
+    sizes = {}
+    for dtype in ("float32", "float16"):
+        path = tmp_path / f"{dtype}.safetensors"
+        weights.save_safetensors(path, params, {}, dtype=dtype)
+        sizes[dtype] = path.stat().st_size
+        loaded, _ = weights.load_safetensors(path)
+        for ours, theirs in zip(jax.tree.leaves(loaded), jax.tree.leaves(params)):
+            assert ours.dtype == np.float32
+            np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-7)
+    assert sizes["float16"] < 0.6 * sizes["float32"]
+    with pytest.raises(UsageError, match="dtype='bfloat16'"):
+        weights.save_safetensors(path, params, {}, dtype="bfloat16")
 
 
 def test_a_file_that_is_not_safetensors(tmp_path, fresh):

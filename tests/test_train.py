@@ -3,51 +3,17 @@
 import functools
 import json
 import shutil
-import signal
-import socket
-import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from faults import assert_equal, distance, final_state, run_together
 
 from cfg_jax import experiment, generator, train, train_step
-from cfg_jax.runtime import checkpoint, window
+from cfg_jax.runtime import checkpoint, profile, window
 from cfg_jax.runtime import mesh as meshes
-
-
-def final_state(workdir) -> dict[str, np.ndarray]:
-    """{path: array} of the newest checkpoint: step, parameters, optimizer and EMA."""
-    model = experiment.build(generator.saved_config(str(workdir)))
-    init = functools.partial(
-        train_step.init_state, network=model.network, optimizer=model.optimizer
-    )
-    shapes = jax.eval_shape(init, jax.random.key(0))
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    wanted = meshes.placed(shapes, jax.tree.map(lambda _: here, shapes))
-    checkpoints = checkpoint.Checkpoints(str(workdir), read_only=True)
-    _, found = checkpoints.restore(**train.items(wanted))
-    checkpoints.close()
-    leaves = jax.tree_util.tree_leaves_with_path(found)
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
-
-
-def assert_equal(a, b):
-    assert a.keys() == b.keys()
-    for name in a:
-        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
-
-
-def distance(a, b) -> float:
-    """How far parameters and EMA are apart: the largest relative difference of an array.
-
-    Arrays that have hardly left zero are left out, below 1e-3: they are biases in front of a norm
-    that takes them out again, and Adam makes steps of the rounding that is their gradient.
-    """
-    assert a.keys() == b.keys()
-    names = [k for k in a if ("params" in k or "ema" in k) and np.abs(b[k]).max() > 1e-3]
-    assert len(names) > 100
-    return max(np.linalg.norm(a[k] - b[k]) / np.linalg.norm(b[k]) for k in names)
+from cfg_jax.types import UsageError
 
 
 def test_a_run_leaves_what_the_readme_says(trained):
@@ -78,44 +44,6 @@ def test_training_learns(cli, tiny, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     first, last = lines[0]["loss"], np.mean([line["loss"] for line in lines[-4:]])
     assert first > 0.8 and last < 0.55, "a zero network's loss is 1"
-
-
-def test_killed_and_started_again_is_never_stopped(cli, tiny, tmp_path):
-    """Kill -9 after the first checkpoint; then the finished runs agree to the bit."""
-    straight, killed = tmp_path / "straight", tmp_path / "killed"
-    run = [*tiny, f"--workdir={killed}"]
-    # Far more steps than will be made: the kill cannot come too late.
-    job = cli.start("train", *run, "--config.train.steps=100000")
-    wait_for(job, killed / "checkpoints" / "10")
-    job.kill(signal.SIGKILL)
-    assert job.wait().status == -signal.SIGKILL
-    again = cli("train", *run, "--config.train.steps=100")
-    assert again.status == 0, again.err[-3000:]
-    assert "going on from step " in again.err and "of 100" in again.err
-    done = cli("train", *tiny, f"--workdir={straight}", "--config.train.steps=100")
-    assert done.status == 0, done.err[-3000:]
-    assert_equal(final_state(killed), final_state(straight))
-    steps = [json.loads(x)["step"] for x in (killed / "metrics.jsonl").read_text().splitlines()]
-    assert steps == list(range(5, 105, 5))
-
-
-def wait_for(job, path):
-    while not path.exists():
-        assert not (job.folder / "status").exists(), job.err()[-2000:]
-        time.sleep(0.001)
-
-
-@pytest.mark.slow
-def test_sigterm_saves_and_leaves_with_0(cli, tiny, tmp_path):
-    run = [*tiny, f"--workdir={tmp_path}", "--config.train.steps=100000"]
-    job = cli.start("train", *run)
-    wait_for(job, tmp_path / "checkpoints" / "10")
-    job.kill(signal.SIGTERM)
-    result = job.wait(60)
-    assert result.status == 0 and "saved, and leaving" in result.err
-    told = int(result.err.split("told to leave at step ")[1].split(":")[0])
-    saved = max(int(p.name) for p in (tmp_path / "checkpoints").glob("[0-9]*"))
-    assert saved == told
 
 
 def truncate(folder):
@@ -226,29 +154,6 @@ def test_one_and_eight_devices_train_the_same(cli, tiny, tmp_path):
     assert distance(states[2], states[0]) < 1e-4
 
 
-def run_together(cli, count, *args):
-    """The same job in `count` real processes that find each other on loopback."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    jobs = [
-        cli.start(
-            *args,
-            env={
-                "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-                "JAX_NUM_PROCESSES": str(count),
-                "JAX_PROCESS_ID": str(i),
-                "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
-            },
-        )
-        for i in range(count)
-    ]
-    results = [job.wait() for job in jobs]
-    for result in results:
-        assert result.status == 0, result.err[-3000:]
-    return results
-
-
 @pytest.mark.slow
 def test_one_and_two_processes_train_the_same(cli, tiny, tmp_path):
     """20 steps in two processes; then as many more, in one, from their checkpoint."""
@@ -295,3 +200,127 @@ def test_the_config_that_is_saved_is_the_config_that_is_read(trained):
     assert config == experiment.SCHEMA.complete(checkpoint.read_config(str(trained)))
     assert config["model"]["channel_mult"] == (1, 1)
     experiment.build(config)
+
+
+def sum_of_squares(params, frozen, batch, key):
+    """A loss whose gradient is known, and that tells the keys it was given."""
+    del frozen
+    residual = batch["x"] @ params["w"]
+    return jnp.mean(residual**2), {"coin": jax.random.bernoulli(key).astype(jnp.float32)}
+
+
+def test_parts_of_a_batch_have_the_gradient_of_the_batch():
+    batch = {"x": jax.random.normal(jax.random.key(0), (24, 5))}
+    params = {"w": jnp.arange(5.0)}
+    gradient = jax.value_and_grad(sum_of_squares, has_aux=True)
+    (value, _), grads = gradient(params, {}, batch, jax.random.key(1))
+    for unroll in (False, True):
+        in_parts = train_step.in_parts(gradient, 4, unroll=unroll)
+        (mean, metrics), sums = in_parts(params, {}, batch, jax.random.key(1))
+        np.testing.assert_allclose(mean, value, rtol=1e-6)
+        np.testing.assert_allclose(sums["w"], grads["w"], rtol=1e-5)
+        coins = [jax.random.bernoulli(jax.random.fold_in(jax.random.key(1), k)) for k in range(4)]
+        assert metrics["coin"] == np.mean(coins) != round(np.mean(coins)), "each part has a key"
+        loops = str(jax.make_jaxpr(in_parts)(params, {}, batch, jax.random.key(1)))
+        assert "scan" in loops
+
+
+def compiled_step(mesh, **options):
+    """The compiled training step of a bfloat16 network on a mesh, and its state's shardings."""
+    config = experiment.load_config("digits")
+    config["model"] |= {"channels": 8, "head_channels": 8, "channel_mult": (1, 1)}
+    config["model"]["dtype"] = "bfloat16"
+    model = experiment.build(config)
+    init = functools.partial(
+        train_step.init_state, network=model.network, optimizer=model.optimizer
+    )
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    shardings = meshes.state_shardings(mesh, shapes)
+    rows = meshes.placed(
+        {
+            "image": jax.ShapeDtypeStruct((32, 8, 8, 1), np.uint8),
+            "label": jax.ShapeDtypeStruct((32,), np.int32),
+        },
+        {name: meshes.batch_sharding(mesh) for name in ("image", "label")},
+    )
+    step = functools.partial(
+        train_step.train_step,
+        loss=model.loss,
+        optimizer=model.optimizer,
+        ema=model.ema,
+        **options,
+    )
+    step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, meshes.replicated(mesh)))
+    key = jax.random.key(0)
+    program = step.lower(meshes.placed(shapes, shardings), {}, rows, key)
+    return model, shapes, program.compile(compiler_options={"xla_backend_optimization_level": 0})
+
+
+@pytest.mark.slow
+def test_a_split_state_is_gathered_once_a_step_in_the_precision_it_is_used_in():
+    mesh = meshes.make_mesh(fsdp=4)
+    model, _, _ = compiled_step(meshes.make_mesh())
+    gather = meshes.whole(mesh, model.dtypes())
+    _, shapes, program = compiled_step(mesh, gather=gather)
+    gathers = [line for line in program.as_text().splitlines() if " all-gather(" in line]
+    split = [
+        leaf
+        for leaf, sharding in zip(
+            jax.tree.leaves(shapes.params),
+            jax.tree.leaves(meshes.state_shardings(mesh, shapes.params)),
+        )
+        if "fsdp" in sharding.spec
+    ]
+    assert len(split) > 50 and len(gathers) <= len(split)
+
+
+def test_a_profile_window():
+    for text in ("3", "5:2", "a:b", ""):
+        with pytest.raises(UsageError, match="--profile="):
+            profile.Profile(text, "unused")
+
+
+@pytest.mark.slow
+def test_a_profile_is_left_in_the_workdir(cli, tiny, tmp_path):
+    run = [*tiny, f"--workdir={tmp_path}", "--config.train.steps=8", "--profile=3:5"]
+    result = cli("train", *run)
+    assert result.status == 0 and "profile of steps from 3 to 5" in result.err
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_what_is_compiled_is_kept_in_the_workdir(tmp_path):
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        (tmp_path / "ema.safetensors").write_text("")
+        meshes.keep_compiled(str(tmp_path / "ema.safetensors"))
+        assert jax.config.jax_compilation_cache_dir is None, "a file holds nothing"
+        meshes.keep_compiled(str(tmp_path))
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "compiled")
+        meshes.keep_compiled("gs://bucket/run")
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "compiled"), "named already"
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_the_wait_for_data_is_told(monkeypatch):
+    clock = iter(np.arange(0.0, 100.0))
+    monkeypatch.setattr(window.time, "monotonic", lambda: next(clock))
+    steps = window.Window()  # 0
+    for step, item in zip(range(3), steps.fed_by("abc")):  # 1-2, 3-4, 5-6
+        assert item == "abc"[step]
+        steps.add(step, {"loss": jnp.float32(1)})
+    assert steps.close(4)["data_wait"] == pytest.approx(3 / 7)  # 7
+
+
+@pytest.mark.parametrize(
+    "vendor, device, found",
+    [("0x1ae0", "0x0063", True), ("0x1ae0", "0x0042", False), ("0x8086", "0x0063", False)],
+)
+def test_a_machine_with_tpus_is_known_by_its_bus(tmp_path, vendor, device, found):
+    for name, numbers in (("a", ("0x8086", "0x1237")), ("b", (vendor, device))):
+        (tmp_path / name).mkdir()
+        for file, number in zip(("vendor", "device"), numbers):
+            (tmp_path / name / file).write_text(number + "\n")
+    assert meshes._has_tpu(str(tmp_path)) == found
+    assert not meshes._has_tpu(str(tmp_path / "none"))

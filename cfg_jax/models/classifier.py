@@ -57,6 +57,7 @@ class Classifier(nnx.Module):
         resblock_updown: bool = True,
         scale_shift_norm: bool = True,
         dtype: str = "float32",
+        remat: str = "none",  # see unet.UNet
     ):
         compute = unet.compute_dtype(dtype)
         make = unet.parts(
@@ -68,6 +69,7 @@ class Classifier(nnx.Module):
             dropout=dropout,
             resblock_updown=resblock_updown,
             scale_shift_norm=scale_shift_norm,
+            remat=remat,
             dtype=compute,
         )
         self.time = layers.TimeEmbedding(rngs, channels)

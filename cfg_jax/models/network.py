@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from cfg_jax.models import classifier, unet
+from cfg_jax.models import classifier, layers, unet
 from cfg_jax.types import Array, Cond, Network, Params, UsageError
 
 Build = Callable[[nnx.Rngs], nnx.Module]
@@ -43,6 +43,22 @@ def network(
 def shapes(build: Build) -> Params:
     """The parameters of `build(rngs)` as ShapeDtypeStructs: counted without being made."""
     return jax.eval_shape(lambda: to_params(build(nnx.Rngs(0))))
+
+
+def dtypes(build: Build) -> Params:
+    """In which precision `apply` reads each parameter: casting to it first changes no bit."""
+    module = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
+    layer_dtypes = {
+        tuple(map(str, path)): jnp.dtype(part.dtype)
+        for path, part in nnx.iter_modules(module)
+        if isinstance(part, layers.Conv | layers.Linear)
+    }
+
+    def dtype_of(path, leaf):
+        names = tuple(entry.key for entry in path[:-1])
+        return layer_dtypes.get(names, leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(dtype_of, to_params(module))
 
 
 def to_params(module: nnx.Module) -> Params:

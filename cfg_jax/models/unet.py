@@ -8,6 +8,7 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -15,13 +16,28 @@ from cfg_jax.models import layers
 from cfg_jax.types import Array, Cond, UsageError
 
 
-class Block(nnx.Module):
-    """Layers that see the embedding, in turn: the unit that a rematerialising pass would wrap."""
+def _is_product(primitive, *_, **__) -> bool:
+    return primitive.name in ("conv_general_dilated", "dot_general")
 
-    def __init__(self, *members):
+
+# What the gradient keeps of a block; it computes the rest again, from the block's input.
+REMAT = {"none": None, "products": _is_product, "blocks": jax.checkpoint_policies.nothing_saveable}
+
+
+class Block(nnx.Module):
+    """Layers that see the embedding, in turn: the unit that is rematerialised."""
+
+    def __init__(self, *members, remat="none"):
         self.layers = nnx.List(members)
+        self.remat = remat
 
     def __call__(self, h: Array, embedding: Array, key: Array | None = None) -> Array:
+        run = Block._in_turn
+        if self.remat != "none":
+            run = nnx.remat(run, policy=REMAT[self.remat])
+        return run(self, h, embedding, key)
+
+    def _in_turn(self, h: Array, embedding: Array, key: Array | None) -> Array:
         for layer, k in zip(self.layers, layers.keys(key)):
             h = layer(h, embedding, k)
         return h
@@ -30,6 +46,7 @@ class Block(nnx.Module):
 class Parts(NamedTuple):
     """Makers of the layers of one network: what all its blocks have in common is bound."""
 
+    block: Callable[..., Block]  # (*layers)
     res: Callable[..., nnx.Module]  # (c_in, c_out)
     attention: Callable[..., nnx.Module]  # (channels,)
     resample: Callable[..., nnx.Module]  # (channels, "down" | "up")
@@ -45,9 +62,12 @@ def parts(
     dropout,
     resblock_updown,
     scale_shift_norm,
+    remat,
     dtype,
 ) -> Parts:
     """Bind the fields shared by U-Net and classifier. Raises UsageError for values out of range."""
+    if remat not in REMAT:
+        raise UsageError(f"{remat=} is not known; it is one of {', '.join(REMAT)}")
     if not 0 <= dropout < 1:
         raise UsageError(f"{dropout=} is not a rate; it lies in [0, 1)")
     if channels < 2 or channels % 2:
@@ -68,9 +88,10 @@ def parts(
         head_order=head_order,
         dtype=dtype,
     )
+    block = functools.partial(Block, remat=remat)
     if resblock_updown:
-        return Parts(res, attention, lambda c, resample: res(c, c, resample=resample))
-    return Parts(res, attention, functools.partial(layers.Resample, rngs, dtype=dtype))
+        return Parts(block, res, attention, lambda c, resample: res(c, c, resample=resample))
+    return Parts(block, res, attention, functools.partial(layers.Resample, rngs, dtype=dtype))
 
 
 def compute_dtype(name: str) -> jnp.dtype:
@@ -127,13 +148,13 @@ class Encoder(nnx.Module):
                 c = width
                 if side in attention_resolutions:
                     members.append(make.attention(c))
-                blocks.append(Block(*members))
+                blocks.append(make.block(*members))
                 skips.append(c)
             if side != sides[-1]:
-                blocks.append(Block(make.resample(c, "down")))
+                blocks.append(make.block(make.resample(c, "down")))
                 skips.append(c)
         self.blocks = nnx.List(blocks)
-        self.middle = Block(make.res(c, c), make.attention(c), make.res(c, c))
+        self.middle = make.block(make.res(c, c), make.attention(c), make.res(c, c))
         self.sides, self.widths, self.skips = sides, tuple(widths), tuple(skips)
 
     def __call__(self, z: Array, embedding: Array, key: Array | None = None):
@@ -184,6 +205,7 @@ class UNet(nnx.Module):
         resblock_updown: bool = True,  # False: strided convolutions instead of BigGAN's blocks
         scale_shift_norm: bool = True,  # False: the embedding is added instead
         dtype: str = "float32",  # of convolutions and products: "bfloat16" on TPU
+        remat: str = "none",  # for less memory: "products" keeps those only, "blocks" keeps nothing
     ):
         compute = compute_dtype(dtype)
         make = parts(
@@ -195,6 +217,7 @@ class UNet(nnx.Module):
             dropout=dropout,
             resblock_updown=resblock_updown,
             scale_shift_norm=scale_shift_norm,
+            remat=remat,
             dtype=compute,
         )
         self.time = layers.TimeEmbedding(rngs, channels)
@@ -232,7 +255,7 @@ class UNet(nnx.Module):
                     members.append(make.attention(c))
                 if side != sides[0] and i == num_res_blocks:
                     members.append(make.resample(c, "up"))
-                yield Block(*members)
+                yield make.block(*members)
 
     def __call__(self, z: Array, s: Array, cond: Cond, key: Array | None = None) -> Array:
         embedding = self.time(s)

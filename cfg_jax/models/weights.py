@@ -146,17 +146,36 @@ def unflatten(flat: Mapping[str, jax.Array]) -> Params:
     return params
 
 
-def save_safetensors(path: epath.PathLike, params: Params, metadata: Mapping[str, str]) -> None:
-    """Write parameters and strings that describe them, whole or not at all. path may be gs://."""
+def save_safetensors(
+    path: epath.PathLike,
+    params: Params,
+    metadata: Mapping[str, str],
+    *,
+    dtype: str = "float32",
+) -> None:
+    """Write parameters and strings that describe them, whole or not at all. path may be gs://.
+
+    Raises UsageError for a dtype other than float32 and float16.
+    """
+    if dtype not in ("float32", "float16"):
+        raise UsageError(f"dtype={dtype!r}: weights are saved as 'float32' or 'float16'.")
     path = epath.Path(path)
-    arrays = {name: np.ascontiguousarray(leaf) for name, leaf in flatten(params).items()}
+    arrays = {name: _floats_as(dtype, leaf) for name, leaf in flatten(params).items()}
     partial = path.with_name(path.name + ".partial")
     partial.write_bytes(safetensors.numpy.save(arrays, metadata=dict(metadata)))
     partial.replace(path)
 
 
+def _floats_as(dtype: str, leaf) -> np.ndarray:
+    array = np.ascontiguousarray(leaf)
+    return array.astype(dtype, copy=False) if array.dtype.kind == "f" else array
+
+
 def load_safetensors(path: epath.PathLike) -> tuple[Params, dict[str, str]]:
-    """-> (parameters as numpy arrays, metadata). Raises UsageError if path is not such a file."""
+    """-> (parameters as numpy arrays, floats as float32, metadata).
+
+    Raises UsageError if path is not such a file.
+    """
     path = epath.Path(path)
     try:
         data = path.read_bytes()
@@ -167,5 +186,6 @@ def load_safetensors(path: epath.PathLike) -> tuple[Params, dict[str, str]]:
         raise UsageError(f"{path} is not a whole .safetensors file: {error}") from None
     except KeyError as dtype:  # numpy has no bfloat16; ours are float32
         raise UsageError(f"{path} holds arrays of type {dtype}; save them as F32") from None
+    flat = {name: _floats_as("float32", array) for name, array in flat.items()}
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     return unflatten(flat), header.get("__metadata__", {})

@@ -4,6 +4,7 @@ A run is a folder: `config.json` says what it is, `checkpoints/STEP/{state,ema}`
 Sampling reads the EMA alone, onto whatever devices there are.
 """
 
+import contextlib
 import json
 import time
 
@@ -14,6 +15,10 @@ from etils import epath
 from cfg_jax.runtime import logging as runlog
 from cfg_jax.runtime import mesh as meshes
 from cfg_jax.types import UsageError
+
+
+class NotSaved(RuntimeError):
+    """A checkpoint that could not be written: a full disk, a bucket without the right to write."""
 
 
 def write_config(workdir: str, config: dict) -> None:
@@ -65,11 +70,26 @@ class Checkpoints:
         )
 
     def save(self, step: int, state, ema) -> None:
-        """Starts to save; training may go on at once. A step that is there already stays."""
+        """Starts to save; training may go on at once. A step that is there already stays.
+
+        Raises NotSaved where this one, or the one before it, could not be written.
+        """
         if step in self._manager.all_steps():
             return
         save = ocp.args.StandardSave
-        self._manager.save(step, args=ocp.args.Composite(state=save(state), ema=save(ema)))
+        with self._writing():
+            self._manager.save(step, args=ocp.args.Composite(state=save(state), ema=save(ema)))
+
+    @contextlib.contextmanager
+    def _writing(self):
+        try:
+            yield
+        except Exception as error:  # Orbax and TensorStore raise many kinds
+            if meshes.lost_another(error):
+                raise
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = "no space left" if "No space left" in str(error) else reason[:200]
+            raise NotSaved(f"{self._workdir} could not be written to: {reason}") from error
 
     def restore(self, **wanted):
         """(step, {item: tree}) of the newest readable checkpoint, or None where there is none at
@@ -117,5 +137,6 @@ class Checkpoints:
         return self._manager.reached_preemption(step)
 
     def close(self) -> None:
-        """Returns once what was saved is on disk, and lets go of the folder."""
-        self._manager.close()
+        """Returns once what was saved is on disk, and lets go of the folder. Raises NotSaved."""
+        with self._writing():
+            self._manager.close()

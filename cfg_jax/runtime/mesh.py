@@ -6,6 +6,7 @@ import os
 
 import jax
 import numpy as np
+from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -14,22 +15,41 @@ from cfg_jax.types import UsageError
 BATCH_AXES = ("data", "fsdp")
 
 
+# Of Google's TPUs v2 to 7x on the PCI bus; its network cards have the same vendor.
+_TPU_VENDOR = "0x1ae0"
+_TPU_DEVICES = {"0x0027", "0x0056", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076"}
+
+
+def _has_tpu(pci: str = "/sys/bus/pci/devices") -> bool:
+    def says(device: epath.Path, name: str) -> str:
+        file = device / name
+        return file.read_text().strip() if file.exists() else ""
+
+    devices = epath.Path(pci).iterdir() if epath.Path(pci).exists() else ()
+    return any(
+        says(d, "vendor") == _TPU_VENDOR and says(d, "device") in _TPU_DEVICES for d in devices
+    )
+
+
 def initialize_distributed(requested: bool) -> None:
     """Joins the other processes of a run, on a cluster that is detected or where it was requested.
 
     An explicit cluster is named by JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and
-    JAX_PROCESS_ID. SLURM and Open MPI steps of several processes, and TPU pods that name their
-    hosts in TPU_WORKER_HOSTNAMES, are detected; other pods and Kubernetes are joined where
-    requested. Must be called before the first device is touched. Raises UsageError where no cluster
-    can be joined.
+    JAX_PROCESS_ID. SLURM and Open MPI steps of several processes, machines with TPUs, whose
+    metadata name the pod's hosts, and Kubernetes' TPU_WORKER_HOSTNAMES are detected. Must be called
+    before the first device is touched. Waits up to five minutes for the others; a process that dies
+    later ends them all, at once where they exchange gradients, and after JAX's heartbeat time-out
+    of 100 s at the latest. Raises UsageError where no cluster can be joined.
     """
     env = os.environ
+    wants_tpu = "tpu" in env.get("JAX_PLATFORMS", "tpu") and "TPU_SKIP_MDS_QUERY" not in env
     explicit = "JAX_NUM_PROCESSES" in env
     detected = (
         explicit
         or int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1
         or int(env.get("OMPI_COMM_WORLD_SIZE", "1")) > 1
         or "," in env.get("TPU_WORKER_HOSTNAMES", "")
+        or ("TPU_WORKER_HOSTNAMES" not in env and wants_tpu and _has_tpu())
     )
     if not (requested or detected):
         return
@@ -47,6 +67,16 @@ def initialize_distributed(requested: bool) -> None:
             f"could not join a cluster ({str(error).splitlines()[0]}): leave --distributed out on "
             "one machine, or set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID."
         ) from error
+
+
+def lost_another(error: Exception) -> bool:
+    """Whether an exchange with another process failed, rather than something in this one."""
+    said = str(error).lower()
+    signs = ("connection", "gloo", "nccl", "heartbeat", "unavailable", "barrier")
+    several = jax.distributed.is_initialized() and jax.process_count() > 1
+    return (
+        several and isinstance(error, jax.errors.JaxRuntimeError) and any(s in said for s in signs)
+    )
 
 
 def split_cpu(batch_size: int) -> None:
@@ -72,6 +102,17 @@ def split_cpu(batch_size: int) -> None:
         jax.config.update("jax_num_cpu_devices", devices)
     except RuntimeError:  # the backend is up: a notebook, say, that has used jax already
         return
+
+
+def keep_compiled(workdir: str) -> None:
+    """What takes the compiler over a second is kept in WORKDIR/compiled, for the next start.
+
+    Without effect on an exported file, or where JAX_COMPILATION_CACHE_DIR names another place.
+    """
+    workdir = epath.Path(workdir)
+    if not workdir.is_file() and not jax.config.jax_compilation_cache_dir:
+        where = workdir if "://" in str(workdir) else workdir.absolute()
+        jax.config.update("jax_compilation_cache_dir", str(where / "compiled"))
 
 
 def make_mesh(fsdp: int = 1) -> Mesh:
@@ -114,6 +155,23 @@ def state_shardings(mesh: Mesh, shapes):
     return jax.tree.map(rule, shapes)
 
 
+def whole(mesh: Mesh, dtypes):
+    """A function of a pytree of arrays, for inside jit: each whole on every device, in its dtype.
+
+    Called once at the top of a program it is the one place where what lies over "fsdp" is gathered,
+    and in the precision that is used; gradients come back, and are summed, in that precision too.
+    """
+    everywhere = replicated(mesh)
+
+    def gather(tree):
+        def one(leaf, dtype):
+            return jax.lax.with_sharding_constraint(leaf.astype(dtype), everywhere)
+
+        return jax.tree.map(one, tree, dtypes)
+
+    return gather
+
+
 def placed(shapes, shardings):
     """A pytree of shapes with the shardings that its arrays are to have."""
     return jax.tree.map(
@@ -123,12 +181,15 @@ def placed(shapes, shardings):
     )
 
 
-def check_batch(mesh: Mesh, batch_size: int) -> None:
-    """Raises UsageError unless the devices divide the global batch."""
-    if batch_size < 1 or batch_size % mesh.size:
+def check_batch(mesh: Mesh, batch_size: int, parts: int = 1) -> None:
+    """Raises UsageError unless the devices divide the global batch, and each of its parts."""
+    unit = mesh.size * parts
+    if batch_size < 1 or batch_size % unit:
+        what = f"{mesh.size} devices that share it"
+        what += f", times train.accumulate={parts}" if parts > 1 else ""
         raise UsageError(
-            f"train.batch_size={batch_size}: must be a multiple of the {mesh.size} devices that "
-            f"share it; try {max(mesh.size, round(batch_size / mesh.size) * mesh.size)}."
+            f"train.batch_size={batch_size}: must be a multiple of the {what}; "
+            f"try {max(unit, round(batch_size / unit) * unit)}."
         )
 
 
