@@ -164,7 +164,8 @@ class Bar:
     def update(self, count):
         self.done += count
         if self.done == 4:
-            print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+            with open(sys.argv[3], "w") as file:
+                print(*[child.pid for child in multiprocessing.active_children()], file=file)
             os.kill(os.getpid(), signal.SIGKILL)
 
 builder = builders.builder("imagenet64", sys.argv[1])
@@ -181,11 +182,11 @@ def is_alive(pid):
 
 
 def test_a_killed_run_goes_on(archives, prepared, tmp_path, capsys, in_threads):
-    command = [sys.executable, "-c", KILLED, str(tmp_path), str(archives[0])]
-    killed = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    assert killed.returncode == -signal.SIGKILL
+    workers = tmp_path / "workers"
+    command = [sys.executable, "-c", KILLED, str(tmp_path), str(archives[0]), str(workers)]
+    assert subprocess.run(command).returncode == -signal.SIGKILL
     deadline = time.monotonic() + 20
-    while any(is_alive(pid) for pid in killed.stdout.split()):
+    while any(is_alive(pid) for pid in workers.read_text().split()):
         assert time.monotonic() < deadline, "workers outlive the run"
         time.sleep(0.05)
 
