@@ -182,14 +182,15 @@ def _features(name: str, data_dir: str | None) -> Mapping:
 
 
 def _allow_open_files(count: int) -> None:
-    """Lets this process open `count` more files than the 1,024 that it may on many systems.
+    """Lets this process open `count` files beside the 1,024 that it may on many systems.
 
     A reader of array_record keeps every file of its set open, and ImageNet has a thousand.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    unlimited = resource.RLIM_INFINITY
-    wanted = count + 1024 if hard == unlimited else min(count + 1024, hard)
-    if soft != unlimited and soft < wanted:
+    if soft != resource.RLIM_INFINITY:
+        wanted = soft + count
+        if hard != resource.RLIM_INFINITY:
+            wanted = min(wanted, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
