@@ -9,25 +9,61 @@ installs it:
 
     python -m cfg_jax.prepare --dataset=fashion_mnist --data_dir=DIR \
         --manual_dir=/usr/share/datasets/fashion-mnist
+
+ImageNet is made from ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, had after registering at
+https://image-net.org/download-images, with central squares and the exact area resize:
+
+    python -m cfg_jax.prepare --dataset=imagenet64 --data_dir=DIR --manual_dir=DIR \
+        [--workers=N] [--check_archives] [--partial]
+
+imagenet128 likewise. The archives are read where they are and never unpacked; a run that was
+stopped goes on where it was. imagenet_resized/64x64 of TFDS is smaller to download, but it was
+resampled by others with another filter (Pillow's box) and has its labels in another order than
+imagenet2012: numbers on it do not compare with the paper's.
 """
 
-from absl import flags
+import sys
 
-from cfg_jax import command
-from cfg_jax.data import builders, datasets
+import jax
+from absl import flags
+from etils import epy
+
+from cfg_jax.data import builders, datasets, imagenet
+
+with epy.lazy_imports():  # the workers, which import this file too, need neither
+    from cfg_jax import command
+    from cfg_jax.runtime import logging
 
 
 def main() -> None:
-    prepare(flags.FLAGS.dataset, flags.FLAGS.data_dir, flags.FLAGS.manual_dir)
+    # Nothing here is computed by JAX: an accelerator is left to the run that may be using it.
+    jax.config.update("jax_platforms", "cpu")
+    prepare(
+        flags.FLAGS.dataset,
+        flags.FLAGS.data_dir,
+        flags.FLAGS.manual_dir,
+        workers=flags.FLAGS.workers,
+        partial=flags.FLAGS.partial,
+        check_archives=flags.FLAGS.check_archives,
+    )
 
 
 def prepare(
-    name: str, data_dir: str | None = None, manual_dir: str | None = None
+    name: str, data_dir: str | None = None, manual_dir: str | None = None, **for_imagenet
 ) -> dict[str, int]:
-    """Prepares data set `name` unless it is already; returns the sizes of its splits."""
+    """Prepares data set `name` unless it is already; returns the sizes of its splits.
+
+    `for_imagenet` are the options of cfg_jax.data.imagenet.prepare.
+    """
     row = datasets.DATASETS.get(name)
     builder = builders.builder(row().builder if row and name != "tfds" else name, data_dir)
+    if builder.name == "imagenet_resized":
+        print(f"note: {imagenet.RESIZED_CAVEAT}", file=sys.stderr)
     already = builders.is_prepared(builder)
+    if builder.name in imagenet.BUILDERS:
+        tell = {"progress": logging.progress_bar, "say": logging.say}
+        imagenet.prepare(builder, manual_dir, **tell, **for_imagenet)
+        builder = builders.builder(builder.name, data_dir)
     counts = builders.count(builders.prepare(builder, manual_dir))
     sizes = ", ".join(f"{split} {count:,}" for split, count in counts.items())
     print(f"{name}: {'already' if already else 'now'} in {builder.data_path}: {sizes}")
@@ -38,4 +74,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("dataset", None, "Which data set.", required=True)
     flags.DEFINE_string("data_dir", None, "Where to put it; default: TFDS's own place.")
     flags.DEFINE_string("manual_dir", None, "Where the files are that you fetched yourself.")
+    flags.DEFINE_integer("workers", None, "ImageNet: how many processes; default: one a core.")
+    flags.DEFINE_bool("partial", False, "ImageNet: accept archives that hold a part, for a try.")
+    flags.DEFINE_bool("check_archives", False, "ImageNet: compare the archives' MD5 first.")
     command.run(main)

@@ -25,6 +25,7 @@ KNOWS = {
     "optax": {"train_step", "experiment"},
     "orbax": {"runtime"},
     "tensorflow_datasets": {"data"},
+    "array_record": {"data"},
     "grain": {"data"},
     "ml_collections": {"schema", "command"},
     "tensorflow": {"data"},

@@ -22,6 +22,7 @@ from etils import epath, epy
 from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
 from tensorflow_datasets.core.download.util import DownloadError
 
+from cfg_jax.data import imagenet
 from cfg_jax.types import UsageError
 
 with epy.lazy_imports():
@@ -71,16 +72,17 @@ class Digits(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 
 def builder(name: str, data_dir: epath.PathLike | None = None) -> tfds.core.DatasetBuilder:
-    """The builder of that name: `digits`, any of the TFDS catalogue, or one prepared in data_dir.
+    """The builder of that name: ours, any of the TFDS catalogue, or one prepared in data_dir.
 
     `name` may carry a configuration, as in imagenet_resized/64x64. UsageError where there is no
     such.
     """
     options = {"data_dir": data_dir, "file_format": FORMAT}
-    if name == "digits":
-        return Digits(**options)
+    ours = {"digits": Digits, **imagenet.BUILDERS}
+    if name in ours:
+        return ours[name](**options)
     bare = name.split("/")[0].split(":")[0]
-    known = ["digits", *tfds.list_builders(with_community_datasets=False)]
+    known = [*ours, *tfds.list_builders(with_community_datasets=False)]
     own_place = epath.Path(data_dir or tfds.core.constants.DATA_DIR) / bare
     # Asked here, because TFDS looks for unknown names on the network, and with TensorFlow.
     if bare not in known and not own_place.exists():

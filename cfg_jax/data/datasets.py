@@ -7,6 +7,7 @@ opens one of its splits, in TFDS's own language: "train", "train+test", "train[:
 import dataclasses
 import functools
 import math
+import resource
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -17,7 +18,7 @@ from cfg_jax.data import images
 from cfg_jax.types import UsageError
 
 with epy.lazy_imports():
-    from cfg_jax.data import builders
+    from cfg_jax.data import builders, imagenet
 
 IN_MEMORY_BYTES = (
     1 << 30
@@ -131,6 +132,7 @@ class Tfds:
         if not len(examples):
             raise UsageError(f"{self.name} has no examples in split {split!r}")
         if len(examples) * math.prod(self.image_shape) > IN_MEMORY_BYTES:
+            _allow_open_files(sum(info.num_shards for info in builder.info.splits.values()))
             return examples
         # In chunks, because what is decoded may be far larger than what is kept.
         chunks = [examples[start : start + 256] for start in range(0, len(examples), 256)]
@@ -156,7 +158,12 @@ class Tfds:
         where = data_dir or builder.data_dir_root
         command = f"python -m cfg_jax.prepare --dataset={self.name} --data_dir="
         if not builders.is_prepared(builder):
-            raise UsageError(f"{self.name} is not prepared in {where}: run  {command}{where}")
+            caveat = (
+                f" (note: {imagenet.RESIZED_CAVEAT})" if builder.name == "imagenet_resized" else ""
+            )
+            raise UsageError(
+                f"{self.name} is not prepared in {where}: run  {command}{where}{caveat}"
+            )
         if builder.info.file_format.value != builders.FORMAT:
             raise UsageError(
                 f"{self.name} in {where} is stored as {builder.info.file_format.value}, which only"
@@ -174,6 +181,19 @@ def _features(name: str, data_dir: str | None) -> Mapping:
     return features
 
 
+def _allow_open_files(count: int) -> None:
+    """Lets this process open `count` files beside the 1,024 that it may on many systems.
+
+    A reader of array_record keeps every file of its set open, and ImageNet has a thousand.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY:
+        wanted = soft + count
+        if hard != resource.RLIM_INFINITY:
+            wanted = min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 # A new data set is a new row. Each is called with the fields of `config.dataset` beside its name.
 DATASETS = {
     "digits": functools.partial(Tfds, builder="digits"),
@@ -188,5 +208,7 @@ DATASETS = {
             *("dog", "frog", "horse", "ship", "truck"),
         ),
     ),
+    "imagenet64": functools.partial(Tfds, builder="imagenet64", held_out="validation", flip=True),
+    "imagenet128": functools.partial(Tfds, builder="imagenet128", held_out="validation", flip=True),
     "tfds": Tfds,
 }

@@ -41,22 +41,38 @@ def area_resize(image, height: int, width: int) -> np.ndarray:
     """[H, W, C] -> [height, width, C]: each new pixel is the mean of the area that it covers.
 
     The image is taken as constant over each of its pixels, which holds for any ratio of sizes, and
-    for upscaling too. uint8 in, uint8 out, correctly rounded: the sums are integers, exact in
-    float64. Other types come back as float64.
+    for upscaling too. uint8 in, uint8 out, correctly rounded: the sums are integers, and exact.
+    Other types come back as float64.
     """
-    rows, columns = _overlaps(image.shape[0], height), _overlaps(image.shape[1], width)
-    sums = np.einsum("hi,ijc,wj->hwc", rows, image.astype(np.float64), columns, optimize=True)
+    # Sums over rows stay under 2^24, what float32 holds exactly, and are most of the work.
+    small = image.dtype == np.uint8 and len(image) < 1 << 16
+    rows = _sums_of_lines(image, height, np.float32 if small else np.float64)
+    sums = _sums_of_lines(rows.swapaxes(0, 1), width, np.float64).swapaxes(0, 1)
     means = sums / (image.shape[0] * image.shape[1])
     return means.round().astype(np.uint8) if image.dtype == np.uint8 else means
 
 
+def _sums_of_lines(lines, new: int, dtype) -> np.ndarray:
+    """[old, ...] -> [new, ...]: old times the mean of the lines that each new one covers."""
+    places, lengths = _overlaps(len(lines), new)
+    sums = np.zeros((new, *lines.shape[1:]), dtype)
+    for place, length in zip(places, lengths.astype(dtype)):
+        sums += length[:, None, None] * lines[place]
+    return sums
+
+
 @functools.lru_cache(maxsize=256)
-def _overlaps(old: int, new: int) -> np.ndarray:
-    """[new, old] lengths that pixels share, on a line of old * new units; each row sums to old."""
-    old_edges, new_edges = np.arange(old + 1) * new, np.arange(new + 1) * old
-    ends = np.minimum(new_edges[1:, None], old_edges[None, 1:])
-    starts = np.maximum(new_edges[:-1, None], old_edges[None, :-1])
-    return np.maximum(ends - starts, 0).astype(np.float64)
+def _overlaps(old: int, new: int) -> tuple[np.ndarray, np.ndarray]:
+    """The old pixels that each new one meets, on a line of old * new units, and the common lengths.
+
+    Both are [most that any meets, new]. The lengths of a new pixel sum to old; one that meets fewer
+    has lengths of 0 at the end.
+    """
+    starts = np.arange(new) * old
+    places = starts // new + np.arange(-(-old // new) + 1)[:, None]
+    ends = np.minimum(starts + old, (places + 1) * new)
+    lengths = np.maximum(ends - np.maximum(starts, places * new), 0)
+    return np.minimum(places, old - 1), lengths
 
 
 def grid(images, columns: int, *, margin: int = 1, scale: int = 1, background: int = 255):
