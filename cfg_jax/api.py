@@ -55,7 +55,10 @@ class Model:
 
         dtype "float16" halves the file; the images then differ by a level here and there.
         """
-        metadata = {"config": json.dumps(self.config), "step": str(self.step)}
+        # Where the data lay on the machine that trained is of no use elsewhere.
+        dataset = {**self.config["dataset"], "data_dir": None}
+        config = {**self.config, "dataset": dataset}
+        metadata = {"config": json.dumps(config), "step": str(self.step)}
         params = jax.device_get(self._generator.params["model"])
         weights.save_safetensors(path, params, metadata, dtype=dtype)
 

@@ -26,6 +26,8 @@ class Train:
     seed: int = 0  # of the parameters, the data's order and every draw
     fsdp: int = 1  # devices that share one copy of the state; 1 is plain data parallelism
     accumulate: int = 1  # parts of the batch that a device takes one after the other
+    read_threads: int = 2  # that make batches ahead
+    read_processes: int = 0  # that do so, each with read_threads; 0: this one
     log_every: int = 100
     checkpoint_every: int = 1000
     keep: int = 2  # checkpoints
@@ -33,12 +35,13 @@ class Train:
     sample_w: tuple[float, ...] = (0.0, 1.0, 4.0)
 
     def __post_init__(self):
+        for name in ("sample_every", "read_processes"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"train.{name}={getattr(self, name)}: 0 for none, or more.")
         counts = ("steps", "batch_size", "fsdp", "accumulate", "log_every", "checkpoint_every")
-        for name in (*counts, "keep"):
+        for name in (*counts, "keep", "read_threads"):
             if getattr(self, name) < 1:
                 raise UsageError(f"train.{name}={getattr(self, name)}: must be at least 1.")
-        if self.sample_every < 0:
-            raise UsageError(f"train.sample_every={self.sample_every}: 0 for none, or more.")
         if not 0 <= self.seed < 2**32:
             raise UsageError(f"train.seed={self.seed}: must lie in 0 to 2^32 - 1.")
         if self.sample_every and not self.sample_w:

@@ -43,6 +43,7 @@ MAY_CHANGE = (
     "train.checkpoint_every",
     "train.keep",
     "train.sample_",
+    "train.read_",
 )
 
 
@@ -213,7 +214,10 @@ def train(
         log = stack.enter_context(
             contextlib.closing(runlog.RunLog(workdir, start=start, steps=plan.steps))
         )
-        feed = stack.enter_context(contextlib.closing(batching.iterate(batches, start)))
+        reading = batching.iterate(
+            batches, start, threads=plan.read_threads, processes=plan.read_processes
+        )
+        feed = stack.enter_context(contextlib.closing(reading))
         window = windows.Window()
         stack.enter_context(tracer)
         for step, rows in window.fed_by(feed):

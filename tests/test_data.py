@@ -289,7 +289,7 @@ def test_wrong_batches(options):
 
 def test_iterate_yields_the_steps_in_order_from_any_start():
     data = make(counting(29), flip=True)
-    stream = batches.iterate(data, 7, prefetch=3)
+    stream = batches.iterate(data, 7, threads=3)
     for expected in range(7, 20):
         step, batch = next(stream)
         assert step == expected
@@ -306,7 +306,7 @@ class Failing:
 
 def test_iterate_ends_its_threads_and_passes_errors_on():
     before = set(threading.enumerate())
-    stream = batches.iterate(make(counting(29)), prefetch=2)
+    stream = batches.iterate(make(counting(29)), threads=2)
     next(stream)
     started = set(threading.enumerate()) - before
     assert started  # ahead of its reader

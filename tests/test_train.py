@@ -133,6 +133,14 @@ def test_going_on_further_than_first_asked(cli, tiny, trained, tmp_path):
 
 
 @pytest.mark.slow
+def test_processes_that_read_change_no_bit(cli, tiny, trained, tmp_path):
+    run = [*tiny, f"--workdir={tmp_path}", "--config.train.steps=20"]
+    result = cli("train", *run, "--config.train.read_processes=2")
+    assert result.status == 0, result.err[-3000:]
+    assert_equal(final_state(tmp_path), final_state(trained))
+
+
+@pytest.mark.slow
 def test_one_and_eight_devices_train_the_same(cli, tiny, tmp_path):
     states = []
     for devices, fsdp in ((1, 1), (8, 1), (8, 4)):

@@ -63,19 +63,30 @@ class Batches:
 
 
 def iterate(
-    batches: Batches, start: int = 0, *, prefetch: int = 2
+    batches: Batches, start: int = 0, *, threads: int = 2, processes: int = 0
 ) -> Iterator[tuple[int, Mapping]]:
-    """Yields (step, batches[step]) from `start` on, without end, made ahead by `prefetch` threads.
+    """Yields (step, batches[step]) from `start` on, without end, made ahead by threads.
 
-    An exception in a thread is raised here, at its step. Closing the iterator ends the threads.
+    With `processes`, that many of them read, each with so many threads: decoding images holds
+    Python's lock most of the time. An exception is raised here, at its step. Closing the iterator
+    ends threads and processes.
     """
-    steps = grain.MapDataset.range(start, _ENDLESS).map(lambda step: (step, batches[step]))
-    options = grain.ReadOptions(num_threads=prefetch, prefetch_buffer_size=prefetch)
-    iterator = iter(steps.to_iter_dataset(options))
+    steps = grain.MapDataset.range(start, _ENDLESS).map(functools.partial(_numbered, batches))
+    dataset = steps.to_iter_dataset(
+        grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
+    )
+    if processes:
+        options = grain.MultiprocessingOptions(num_workers=processes, per_worker_buffer_size=2)
+        dataset = dataset.mp_prefetch(options)
+    iterator = iter(dataset)
     try:
         yield from iterator
     finally:
         iterator.close()
+
+
+def _numbered(batches: Batches, step: int) -> tuple[int, Mapping[str, np.ndarray]]:
+    return step, batches[step]
 
 
 def _indices(seed: int, first: int, count: int, size: int) -> np.ndarray:
