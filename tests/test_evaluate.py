@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
+from faults import run_together
 
 import cfg_jax
 from cfg_jax import experiment, features, scores
@@ -261,3 +262,17 @@ def test_a_fingerprint_is_of_every_bit_and_every_name():
 def test_the_judge_wants_a_path(tmp_path):
     with pytest.raises(UsageError, match="digits_judge"):
         features.judge(None, None, None)
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_same_sweep(cli, flags, tmp_path):
+    run_together(cli, 2, "evaluate", *flags, f"--out={tmp_path / 'two'}")
+    result = cli("evaluate", *flags, f"--out={tmp_path / 'one'}")
+    assert result.status == 0, result.err[-3000:]
+    for one in (tmp_path / "one" / "images").rglob("*.npz"):
+        two = np.load(tmp_path / "two" / one.relative_to(tmp_path / "one"))["images"]
+        assert np.abs(np.load(one)["images"].astype(int) - two).max() <= 1
+    ours, theirs = (results(tmp_path / name)["points"] for name in ("one", "two"))
+    for a, b in zip(ours, theirs, strict=True):
+        for name, score in a["scores"].items():
+            assert score["value"] == pytest.approx(b["scores"][name]["value"], rel=0.02, abs=0.05)

@@ -1,4 +1,4 @@
-"""The README's commands for ImageNet: thin networks, few steps, eight devices, and fake archives."""
+"""The README's commands for ImageNet: thin networks, few steps, eight devices, fake archives."""
 
 import json
 
