@@ -110,9 +110,10 @@ def keep_compiled(workdir: str) -> None:
     Without effect on an exported file, or where JAX_COMPILATION_CACHE_DIR names another place.
     """
     workdir = epath.Path(workdir)
-    if not workdir.is_file() and not jax.config.jax_compilation_cache_dir:
-        where = workdir if "://" in str(workdir) else workdir.absolute()
-        jax.config.update("jax_compilation_cache_dir", str(where / "compiled"))
+    if workdir.suffix == ".safetensors" or jax.config.jax_compilation_cache_dir:
+        return
+    where = workdir if "://" in str(workdir) else workdir.absolute()
+    jax.config.update("jax_compilation_cache_dir", str(where / "compiled"))
 
 
 def make_mesh(fsdp: int = 1) -> Mesh:
