@@ -123,13 +123,15 @@ def kills(cli: Cli, workdir: Path, expected, *, steps: int, times: int, seed: in
     draw, run, lost = random.Random(seed), [*TINY, f"--workdir={workdir}"], []
     while_saving = 0
     for i in range(times):
-        before = saved(workdir)[-1] if (workdir / "checkpoints").exists() and saved(workdir) else 0
+        # Beyond what the last one logged, counted in steps, for a second is one step or hundreds;
+        # and then anywhere between two lines.
+        until = logged(workdir) + draw.randint(0, steps // (3 * times))
         job = cli.start("train", *run, ENDLESS)
-        wait_for(job, lambda: logged(workdir) > before)  # noqa: B023 - called at once
+        wait_for(job, lambda: logged(workdir) > until)  # noqa: B023 - called at once
         if i % 2:
             wait_for(job, lambda: list((workdir / "checkpoints").glob("*tmp*")))
         else:
-            time.sleep(draw.uniform(0, 1))
+            time.sleep(draw.uniform(0, 0.1))
         job.kill(signal.SIGKILL)
         assert job.wait().status == -signal.SIGKILL
         while_saving += bool(list((workdir / "checkpoints").glob("*tmp*")))
