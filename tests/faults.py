@@ -209,10 +209,9 @@ def full_disk(cli: Cli, expected, *, steps: int) -> Seen | None:
         job = cli.start("train", *run, ENDLESS)
         wait_for(job, lambda: saved(disk / "run"))
         ballast = disk / "ballast"
-        with contextlib.suppress(OSError), ballast.open("wb") as file:
+        with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
             while True:
-                file.write(bytes(4096))
-                file.flush()
+                file.write(bytes(2**20))  # what fits of it, then none
         result = job.wait(120)
         assert result.status == 1
         line = told(result, "stopped: ")
