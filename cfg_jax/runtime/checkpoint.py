@@ -5,7 +5,9 @@ Sampling reads the EMA alone, onto whatever devices there are.
 """
 
 import contextlib
+import functools
 import json
+import sys
 import time
 
 import jax
@@ -49,6 +51,20 @@ def has_checkpoint(workdir: str) -> bool:
     return folder.exists() and any(child.name.isdigit() for child in folder.iterdir())
 
 
+@functools.cache
+def _hush_stragglers() -> None:
+    """Once a file of a checkpoint cannot be written, TensorStore reports on the others to an event
+    loop that is closed by then: a traceback each. The error itself is raised, and told in a line.
+    """
+    tell = sys.unraisablehook
+
+    def hook(unraisable) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            tell(unraisable)
+
+    sys.unraisablehook = hook
+
+
 class Checkpoints:
     """The checkpoints of one run; the newest `keep` of them are kept.
 
@@ -57,6 +73,7 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: str, *, keep: int = 2, read_only: bool = False):
+        _hush_stragglers()
         self._workdir = epath.Path(workdir)
         self._read_only = read_only
         self._manager = ocp.CheckpointManager(
