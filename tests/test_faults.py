@@ -5,7 +5,7 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-STEPS = 60
+STEPS = 200
 
 
 @pytest.fixture(scope="module")
