@@ -214,3 +214,41 @@ ENTRY %main (a: f32[100,8], i: s32[], b: f32[8,8]) -> f32[1,8] {
 """)
     row, index = 8 * 4, 4
     assert traffic.memory(module).bytes == (row + row + index) + (row + row), "b is not in memory"
+
+
+def test_exchanges_that_a_tpu_fuses():
+    """A gather that runs beside other work stands in several fusions; a sum of which each device
+    keeps a slice is a scattered one.
+    """
+    groups = "channel_id=7, replica_groups={{0,1,2,3}}"
+    beside = groups + ', backend_config={"async_collective_fusion_config":{"flag_start":"2"}}'
+    module = hlo.parse(f"""%start (p: bf16[2,8]) -> bf16[8,8] {{
+  %p = bf16[2,8] parameter(0)
+  ROOT %g = bf16[8,8] all-gather(%p), dimensions={{0}}, {beside}
+}}
+
+%done (p.1: bf16[2,8]) -> bf16[8,8] {{
+  %p.1 = bf16[2,8] parameter(0)
+  ROOT %g.1 = bf16[8,8] all-gather(%p.1), dimensions={{0}}, {beside}
+}}
+
+%scattered (p.2: f32[8]) -> f32[2] {{
+  %p.2 = f32[8] parameter(0)
+  %zero = u32[] constant(0)
+  %s = f32[8] all-reduce(%p.2), to_apply=%add, {groups}
+  ROOT %mine = f32[2] dynamic-slice(%s, %zero), dynamic_slice_sizes={{2}}
+}}
+
+ENTRY %main (a: bf16[2,8], b: f32[8]) -> (bf16[8,8], bf16[8,8], f32[2]) {{
+  %a = bf16[2,8] parameter(0)
+  %b = f32[8] parameter(1)
+  %one = bf16[8,8] fusion(%a), kind=kCustom, calls=%start
+  %two = bf16[8,8] fusion(%a), kind=kCustom, calls=%done
+  %three = f32[2] fusion(%b), kind=kCustom, calls=%scattered
+  ROOT %t = (bf16[8,8], bf16[8,8], f32[2]) tuple(%one, %two, %three)
+}}
+""")
+    gather, scatter = traffic.collectives(module)
+    assert (gather.kind, gather.count, gather.bytes) == ("all-gather", 1, 128)
+    assert (scatter.kind, scatter.count, scatter.bytes) == ("reduce-scatter", 1, 32)
+    assert scatter.sent == 24

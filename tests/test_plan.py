@@ -115,7 +115,7 @@ def test_what_a_program_wants_that_does_not_fit():
     "memory, first, largest",
     [
         (lambda b: 4 + 0.37 * b, 8, 32),  # a line
-        (lambda b: 4 + 0.37 * b + 0.004 * b**2, 8, 24),  # somewhat more
+        (lambda b: 4 + 0.37 * b + 0.004 * b**2, 8, 25),  # somewhat more
         (lambda b: 4 + 3.1 * b, 8, 3),  # the first does not fit
         (lambda b: 20 + b, 8, 0),  # none does
     ],
