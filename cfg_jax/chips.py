@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping
 
 import jax
+from jax.experimental import topologies
 
 from cfg_jax.types import UsageError
 
@@ -101,8 +102,6 @@ def target(topology: str) -> Slice:
     os.environ |= {k: v for k, v in _WITHOUT_A_TPU.items() if k not in os.environ}
     # The arrays of this process, of which there are next to none, lie on the CPU.
     jax.config.update("jax_platforms", "cpu")
-    from jax.experimental import topologies
-
     try:
         found = topologies.get_topology_desc(
             platform="tpu", topology_name=topology, chip_config_name=chip.core_config
