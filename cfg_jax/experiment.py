@@ -26,6 +26,9 @@ class Train:
     seed: int = 0  # of the parameters, the data's order and every draw
     fsdp: int = 1  # devices that share one copy of the state; 1 is plain data parallelism
     accumulate: int = 1  # parts of the batch that a device takes one after the other
+    # In what gradients are summed over devices. A float32 sum is the same over 8 chips and 256, to
+    # its rounding; "bfloat16" halves what crosses for layers that compute in bfloat16.
+    gradient_dtype: str = "float32"
     read_threads: int = 2  # that make batches ahead
     read_processes: int = 0  # that do so, each with read_threads; 0: this one
     log_every: int = 100
@@ -42,6 +45,10 @@ class Train:
         for name in (*counts, "keep", "read_threads"):
             if getattr(self, name) < 1:
                 raise UsageError(f"train.{name}={getattr(self, name)}: must be at least 1.")
+        if self.gradient_dtype not in ("float32", "bfloat16"):
+            raise UsageError(
+                f"train.gradient_dtype={self.gradient_dtype!r}: must be 'float32' or 'bfloat16'."
+            )
         if not 0 <= self.seed < 2**32:
             raise UsageError(f"train.seed={self.seed}: must lie in 0 to 2^32 - 1.")
         if self.sample_every and not self.sample_w:

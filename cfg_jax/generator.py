@@ -4,7 +4,6 @@ Network, guidance, clipping and sampler meet here, in the four lines that the pa
 jobs and the Python API are doors to it.
 """
 
-import functools
 import json
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -65,6 +64,29 @@ def reverse_chain(
     if hasattr(rule, "draws"):
         noise = rule.draws(noise)
     return images.to_uint8(model.sampler(guided, noise, model.lams()).x)
+
+
+def batch_size(model: experiment.Experiment, mesh: Mesh) -> int:
+    """Images at a time: the config's, filled up to a multiple of the devices."""
+    return -(-model.sample.batch_size // mesh.size) * mesh.size
+
+
+def program(
+    model: experiment.Experiment, mesh: Mesh, classifier: experiment.Experiment | None = None
+):
+    """`reverse_chain`, jitted for a mesh: (params, label, index, w, seed) -> uint8 [B, H, W, C].
+
+    The parameters are made whole, in the precision that they are used in, before the chain: no step
+    of it gathers or rounds them again. The mesh may be of devices that are not here.
+    """
+    networks = {"model": model} | ({"classifier": classifier} if classifier else {})
+    whole = {name: meshes.whole(mesh, of.dtypes()) for name, of in networks.items()}
+
+    def run(params: dict[str, Params], *request: Array) -> Array:
+        params = {name: whole[name](tree) for name, tree in params.items()}
+        return reverse_chain(params, *request, model=model, classifier=classifier)
+
+    return jax.jit(run, out_shardings=meshes.batch_sharding(mesh))
 
 
 def check_guidance(
@@ -145,12 +167,8 @@ class Generator:
         self.model, self.classifier = model, classifier
         self.mesh = mesh or meshes.make_mesh()
         self.params = params
-        self.batch_size = -(-model.sample.batch_size // self.mesh.size) * self.mesh.size
-        rows = meshes.batch_sharding(self.mesh)
-        self._program = jax.jit(
-            functools.partial(reverse_chain, model=model, classifier=classifier),
-            out_shardings=rows,
-        )
+        self.batch_size = batch_size(model, self.mesh)
+        self._program = program(model, self.mesh, classifier)
 
     def batch(self, labels: np.ndarray, index: np.ndarray, w, seed: int) -> np.ndarray:
         """Images for up to batch_size labels, uint8 [N, H, W, C]; w a number or one a label [N].

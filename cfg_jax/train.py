@@ -11,14 +11,15 @@ Run again with the same workdir it goes on where it stopped, to the bit.
 import contextlib
 import functools
 import sys
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from etils import epath
+from jax.sharding import Mesh
 
 from cfg_jax import command, experiment, generator, probes, sample, train_step
 from cfg_jax.data import batches as batching
@@ -93,6 +94,44 @@ def load_start(init_from: str, model: experiment.Experiment, shardings: Any) -> 
     return ema
 
 
+class Step(NamedTuple):
+    """The training step of an experiment on a mesh, and the shapes that it is compiled for."""
+
+    run: Any  # (state, frozen, batch, key) -> (state, metrics), jitted; the state is donated
+    init: Callable  # key -> state
+    shapes: train_step.TrainState
+    shardings: train_step.TrainState
+    rows: dict[str, jax.ShapeDtypeStruct]  # a global batch
+
+
+def make_step(model: experiment.Experiment, mesh: Mesh) -> Step:
+    """Shapes, then shardings, and no arrays: the mesh may be of devices that are not here."""
+    plan = model.train
+    init = functools.partial(
+        train_step.init_state, network=model.network, optimizer=model.optimizer
+    )
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    shardings = meshes.state_shardings(mesh, shapes)
+    run = jax.jit(
+        functools.partial(
+            train_step.train_step,
+            loss=model.loss,
+            optimizer=model.optimizer,
+            ema=model.ema,
+            gather=meshes.whole(mesh, model.dtypes(), plan.gradient_dtype),
+            accumulate=plan.accumulate,
+            unroll=meshes.platform(mesh) == "cpu",
+        ),
+        donate_argnums=0,
+        out_shardings=(shardings, meshes.replicated(mesh)),
+    )
+    rows = {
+        "image": jax.ShapeDtypeStruct((plan.batch_size, *model.dataset.image_shape), np.uint8),
+        "label": jax.ShapeDtypeStruct((plan.batch_size,), np.int32),
+    }
+    return Step(run, init, shapes, shardings, rows)
+
+
 class LabelProbes:
     """The start-up probes of a run that drops labels: each once, as soon as it can tell."""
 
@@ -156,28 +195,7 @@ def train(
 
     # Shapes, then shardings, then arrays: nothing is ever whole on one device.
     key_init, key_train = jax.random.split(jax.random.key(plan.seed))
-    init = functools.partial(
-        train_step.init_state, network=model.network, optimizer=model.optimizer
-    )
-    shapes = jax.eval_shape(init, key_init)
-    shardings = meshes.state_shardings(mesh, shapes)
-    step_fn = jax.jit(
-        functools.partial(
-            train_step.train_step,
-            loss=model.loss,
-            optimizer=model.optimizer,
-            ema=model.ema,
-            gather=meshes.whole(mesh, model.dtypes()) if plan.fsdp > 1 else lambda params: params,
-            accumulate=plan.accumulate,
-            unroll=jax.default_backend() == "cpu",
-        ),
-        donate_argnums=0,
-        out_shardings=(shardings, meshes.replicated(mesh)),
-    )
-    rows = {
-        "image": jax.ShapeDtypeStruct((plan.batch_size, *model.dataset.image_shape), np.uint8),
-        "label": jax.ShapeDtypeStruct((plan.batch_size,), np.int32),
-    }
+    step_fn, init, shapes, shardings, rows = make_step(model, mesh)
     step_fn.eval_shape(shapes, {}, rows, key_train)  # what only a trace finds wrong is found here
     new = not checkpoint.has_checkpoint(workdir)
     start_from = load_start(init_from, model, shardings.ema) if init_from and new else None

@@ -1,6 +1,5 @@
 """The training job as a user meets it: what it leaves behind, and that stopping costs nothing."""
 
-import functools
 import json
 import shutil
 
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 from faults import assert_equal, distance, final_state, run_together
 
-from cfg_jax import experiment, generator, train, train_step
+from cfg_jax import experiment, generator, hlo, traffic, train, train_step
 from cfg_jax.runtime import checkpoint, profile, window
 from cfg_jax.runtime import mesh as meshes
 from cfg_jax.types import UsageError
@@ -233,53 +232,27 @@ def test_parts_of_a_batch_have_the_gradient_of_the_batch():
         assert "scan" in loops
 
 
-def compiled_step(mesh, **options):
-    """The compiled training step of a bfloat16 network on a mesh, and its state's shardings."""
+def compiled_step(mesh):
+    """The training step of a bfloat16 network, and its text compiled for a mesh."""
     config = experiment.load_config("digits")
     config["model"] |= {"channels": 8, "head_channels": 8, "channel_mult": (1, 1)}
     config["model"]["dtype"] = "bfloat16"
-    model = experiment.build(config)
-    init = functools.partial(
-        train_step.init_state, network=model.network, optimizer=model.optimizer
+    config["train"] |= {"batch_size": 32, "fsdp": mesh.shape["fsdp"]}
+    step = train.make_step(experiment.build(config), mesh)
+    rows = meshes.placed(step.rows, {name: meshes.batch_sharding(mesh) for name in step.rows})
+    program = step.run.lower(
+        meshes.placed(step.shapes, step.shardings), {}, rows, jax.random.key(0)
     )
-    shapes = jax.eval_shape(init, jax.random.key(0))
-    shardings = meshes.state_shardings(mesh, shapes)
-    rows = meshes.placed(
-        {
-            "image": jax.ShapeDtypeStruct((32, 8, 8, 1), np.uint8),
-            "label": jax.ShapeDtypeStruct((32,), np.int32),
-        },
-        {name: meshes.batch_sharding(mesh) for name in ("image", "label")},
-    )
-    step = functools.partial(
-        train_step.train_step,
-        loss=model.loss,
-        optimizer=model.optimizer,
-        ema=model.ema,
-        **options,
-    )
-    step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, meshes.replicated(mesh)))
-    key = jax.random.key(0)
-    program = step.lower(meshes.placed(shapes, shardings), {}, rows, key)
-    return model, shapes, program.compile(compiler_options={"xla_backend_optimization_level": 0})
+    return step, program.compile(compiler_options={"xla_backend_optimization_level": 0}).as_text()
 
 
 @pytest.mark.slow
-def test_a_split_state_is_gathered_once_a_step_in_the_precision_it_is_used_in():
-    mesh = meshes.make_mesh(fsdp=4)
-    model, _, _ = compiled_step(meshes.make_mesh())
-    gather = meshes.whole(mesh, model.dtypes())
-    _, shapes, program = compiled_step(mesh, gather=gather)
-    gathers = [line for line in program.as_text().splitlines() if " all-gather(" in line]
-    split = [
-        leaf
-        for leaf, sharding in zip(
-            jax.tree.leaves(shapes.params),
-            jax.tree.leaves(meshes.state_shardings(mesh, shapes.params)),
-        )
-        if "fsdp" in sharding.spec
-    ]
-    assert len(split) > 50 and len(gathers) <= len(split)
+def test_a_split_state_is_gathered_once_a_step():
+    step, text = compiled_step(meshes.make_mesh(fsdp=4))
+    crossed = traffic.collectives(hlo.parse(text))
+    gathers = sum(c.count for c in crossed if c.kind == "all-gather")
+    split = [s for s in jax.tree.leaves(step.shardings.params) if "fsdp" in s.spec]
+    assert len(split) > 50 and 0 < gathers <= len(split)
 
 
 def test_a_profile_window():

@@ -28,7 +28,7 @@ class AttentionPool(nnx.Module):
         tokens = x.reshape(len(x), -1, x.shape[-1])
         tokens = jnp.concatenate([tokens.mean(1, keepdims=True), tokens], axis=1)
         q, k, v = layers.split_heads(self.qkv(tokens + self.position[...]), self.heads, "new")
-        return layers.attend(q[:, :1], k, v)[:, 0]  # only token 0 is read
+        return layers.attend(q[:, :1], k, v).reshape(len(x), -1)  # only token 0 is read
 
 
 class Classifier(nnx.Module):

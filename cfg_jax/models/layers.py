@@ -9,7 +9,6 @@ Every layer of a `unet.Block` is called as `layer(h [B, H, W, C], embedding [B, 
 turns dropout on; there is no mode flag.
 """
 
-import functools
 import itertools
 import math
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from cfg_jax.models import affine
 from cfg_jax.types import Array, UsageError
 
 _uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -56,39 +56,6 @@ def sinusoid(s: Array, dim: int) -> Array:
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-def _convolve(x: Array, kernel: Array, stride: int) -> Array:
-    padding = [(side // 2, side // 2) for side in kernel.shape[:2]]
-    return jax.lax.conv_general_dilated(
-        x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def convolve(x: Array, kernel: Array, stride: int = 1) -> Array:
-    """The one convolution of the package: NHWC, HWIO, odd kernels, PyTorch's symmetric padding.
-
-    Its gradient by x is a convolution with the kernel turned around. jax's own rule says the same
-    in another layout, for which XLA:CPU has no fast code inside a loop: classifier guidance takes
-    one such gradient a step. Reverse mode only.
-    """
-    return _convolve(x, kernel, stride)
-
-
-def _convolve_forward(x: Array, kernel: Array, stride: int):
-    return _convolve(x, kernel, stride), (x, kernel)
-
-
-def _convolve_backward(stride: int, saved: tuple[Array, Array], g: Array):
-    x, kernel = saved
-    by_x, by_kernel = jax.vjp(lambda x, kernel: _convolve(x, kernel, stride), x, kernel)[1](g)
-    if stride == 1:
-        by_x = _convolve(g, kernel[::-1, ::-1].swapaxes(2, 3), 1)
-    return by_x, by_kernel  # what is not asked for is not computed
-
-
-convolve.defvjp(_convolve_forward, _convolve_backward)
-
-
 class Conv(nnx.Module):
     """A 3 x 3 convolution with a bias."""
 
@@ -98,8 +65,8 @@ class Conv(nnx.Module):
         self.stride, self.dtype = stride, dtype
 
     def __call__(self, x: Array) -> Array:
-        x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
-        return convolve(x, kernel, self.stride) + self.bias[...].astype(self.dtype)
+        x = affine.convolve(x.astype(self.dtype), self.kernel[...], self.stride)
+        return affine.add_bias(x, self.bias[...])
 
 
 class Linear(nnx.Module):
@@ -111,8 +78,8 @@ class Linear(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x: Array) -> Array:
-        x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
-        return x @ kernel + self.bias[...].astype(self.dtype)
+        x = affine.multiply(x.astype(self.dtype), self.kernel[...])
+        return affine.add_bias(x, self.bias[...])
 
 
 class GroupNorm(nnx.Module):
@@ -245,13 +212,40 @@ def split_heads(qkv: Array, heads: int, order: str) -> tuple[Array, Array, Array
     return q, k, v
 
 
-def attend(q: Array, k: Array, v: Array) -> Array:
-    """softmax(q k / sqrt(d)) v -> [B, N, C], heads merged; the scale is shared out to q and k."""
+def _attend(q: Array, k: Array, v: Array):
     scale = q.shape[-1] ** -0.25
-    logits = jnp.einsum("bqhd,bkhd->bhqk", q * scale, k * scale, preferred_element_type=jnp.float32)
+    q, k = q * scale, k * scale
+    logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
     out = jnp.einsum("bhqk,bkhd->bqhd", weights, v)
-    return out.reshape(*out.shape[:2], -1)
+    return out, (q, k, v, weights, out)
+
+
+@jax.custom_vjp
+def attend(q: Array, k: Array, v: Array) -> Array:
+    """softmax(q k / sqrt(d)) v, all [B, N, heads, d]; the scale is shared out to q and k.
+
+    The gradient is jax's own but for what is kept for it: the weights as they were multiplied, in
+    the precision of v, not the softmax in float32. They are most of the memory that attention over
+    32 x 32 pixels takes and moves. Reverse mode only.
+    """
+    return _attend(q, k, v)[0]
+
+
+def _attend_backward(saved: tuple[Array, ...], g: Array):
+    q, k, v, weights, out = saved
+    scale = q.shape[-1] ** -0.25
+    by_v = jnp.einsum("bhqk,bqhd->bkhd", weights, g)
+    by_weights = jnp.einsum("bqhd,bkhd->bhqk", g, v, preferred_element_type=jnp.float32)
+    # sum_k weights by_weights, which needs no sum over keys: Dao et al. (2022), appendix B.
+    mean = (g.astype(jnp.float32) * out).sum(-1).swapaxes(1, 2)[..., None]  # [B, heads, N, 1]
+    by_logits = (weights * (by_weights - mean)).astype(v.dtype)
+    by_q = jnp.einsum("bhqk,bkhd->bqhd", by_logits, k)
+    by_k = jnp.einsum("bhqk,bqhd->bkhd", by_logits, q)
+    return by_q * scale, by_k * scale, by_v
+
+
+attend.defvjp(_attend, _attend_backward)
 
 
 class Attention(nnx.Module):
@@ -284,7 +278,7 @@ class Attention(nnx.Module):
         b, h, w, c = x.shape
         qkv = self.qkv(self.norm(x).reshape(b, h * w, c))
         out = attend(*split_heads(qkv, self.heads, self.head_order))
-        return x + self.proj(out).reshape(x.shape)
+        return x + self.proj(out.reshape(b, h * w, c)).reshape(x.shape)
 
 
 class TimeEmbedding(nnx.Module):

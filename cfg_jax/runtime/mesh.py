@@ -3,8 +3,10 @@ where.
 """
 
 import os
+from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
@@ -116,16 +118,27 @@ def keep_compiled(workdir: str) -> None:
     jax.config.update("jax_compilation_cache_dir", str(where / "compiled"))
 
 
-def make_mesh(fsdp: int = 1) -> Mesh:
-    """All devices of all processes, ("data", "fsdp"). Raises UsageError unless fsdp divides."""
-    devices = jax.devices()
+def make_mesh(fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """All devices of all processes, or those given, as ("data", "fsdp").
+
+    Raises UsageError unless fsdp divides their number.
+    """
+    devices = jax.devices() if devices is None else list(devices)
     if fsdp < 1 or len(devices) % fsdp:
         raise UsageError(
             f"train.fsdp={fsdp}: must divide the number of devices, which is {len(devices)} here."
         )
     return jax.make_mesh(
-        (len(devices) // fsdp, fsdp), BATCH_AXES, axis_types=(AxisType.Auto, AxisType.Auto)
+        (len(devices) // fsdp, fsdp),
+        BATCH_AXES,
+        axis_types=(AxisType.Auto, AxisType.Auto),
+        devices=devices,
     )
+
+
+def platform(mesh: Mesh) -> str:
+    """For what a program on this mesh is compiled: "cpu", "gpu" or "tpu"."""
+    return mesh.devices.flat[0].platform
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -156,17 +169,21 @@ def state_shardings(mesh: Mesh, shapes):
     return jax.tree.map(rule, shapes)
 
 
-def whole(mesh: Mesh, dtypes):
-    """A function of a pytree of arrays, for inside jit: each whole on every device, in its dtype.
+def whole(mesh: Mesh, dtypes, gradient_dtype: str = "bfloat16"):
+    """A function of a pytree of arrays, for inside jit: each whole on every device, rounded to its
+    dtype.
 
     Called once at the top of a program it is the one place where what lies over "fsdp" is gathered,
-    and in the precision that is used; gradients come back, and are summed, in that precision too.
+    and in the precision that is used. The layers give a gradient in the precision in which they
+    were handed the parameter, and in that precision it is summed over the devices: `gradient_dtype`
+    is the least for both.
     """
     everywhere = replicated(mesh)
 
     def gather(tree):
         def one(leaf, dtype):
-            return jax.lax.with_sharding_constraint(leaf.astype(dtype), everywhere)
+            leaf = jax.lax.with_sharding_constraint(leaf.astype(dtype), everywhere)
+            return leaf.astype(jnp.promote_types(dtype, gradient_dtype))
 
         return jax.tree.map(one, tree, dtypes)
 

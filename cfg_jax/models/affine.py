@@ -1,0 +1,100 @@
+"""Convolution, product and bias, and in which precision their gradients come.
+
+A parameter is read in the precision of the image, but its gradient comes in the precision that it
+was handed over in, as it was accumulated: that is what is summed over the devices. So whoever hands
+the parameters to the loss says in what their gradients cross, here and nowhere else. jax's own
+rules give both in the one of the image. Reverse mode only.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from cfg_jax.types import Array
+
+
+def _convolve(x: Array, kernel: Array, stride: int) -> Array:
+    padding = [(side // 2, side // 2) for side in kernel.shape[:2]]
+    return jax.lax.conv_general_dilated(
+        x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def convolve(x: Array, kernel: Array, stride: int = 1) -> Array:
+    """The one convolution of the package: NHWC, HWIO, odd kernels, PyTorch's symmetric padding.
+
+    Its gradient by x is a convolution with the kernel turned around. jax's own rule says the same
+    in another layout, for which XLA:CPU has no fast code inside a loop: classifier guidance takes
+    one such gradient a step.
+    """
+    return _convolve(x, kernel.astype(x.dtype), stride)
+
+
+def _convolve_forward(x: Array, kernel: Array, stride: int):
+    return _convolve(x, kernel.astype(x.dtype), stride), (x, kernel)
+
+
+def _convolve_backward(stride: int, saved: tuple[Array, Array], g: Array):
+    x, kernel = saved
+    read = kernel.astype(x.dtype)
+    if stride == 1:
+        by_x = _convolve(g, read[::-1, ::-1].swapaxes(2, 3), 1)
+    else:
+        (by_x,) = jax.vjp(lambda x: _convolve(x, read, stride), x)[1](g)
+    # Every tap of the kernel is a product over images and pixels, g spread out by the stride.
+    sides = list(zip(kernel.shape[:2], x.shape[1:3], g.shape[1:3]))
+    by_kernel = jax.lax.conv_general_dilated(
+        x,
+        g,
+        (1, 1),
+        [(k // 2, k - 1 + (out - 1) * stride + 1 - side - k // 2) for k, side, out in sides],
+        rhs_dilation=(stride, stride),
+        dimension_numbers=("CHWN", "IHWO", "HWNC"),
+        preferred_element_type=kernel.dtype,
+    )
+    return by_x, by_kernel
+
+
+convolve.defvjp(_convolve_forward, _convolve_backward)
+
+
+def _multiply(x: Array, kernel: Array):
+    return x @ kernel.astype(x.dtype), (x, kernel)
+
+
+@jax.custom_vjp
+def multiply(x: Array, kernel: Array) -> Array:
+    """x [..., C] @ kernel [C, D], by the rule above."""
+    return _multiply(x, kernel)[0]
+
+
+def _multiply_backward(saved: tuple[Array, Array], g: Array):
+    x, kernel = saved
+    rows = tuple(range(x.ndim - 1))
+    by_kernel = jax.lax.dot_general(
+        x, g, ((rows, rows), ((), ())), preferred_element_type=kernel.dtype
+    )
+    return g @ kernel.astype(g.dtype).T, by_kernel
+
+
+multiply.defvjp(_multiply, _multiply_backward)
+
+
+def _add_bias(x: Array, bias: Array):
+    return x + bias.astype(x.dtype), bias
+
+
+@jax.custom_vjp
+def add_bias(x: Array, bias: Array) -> Array:
+    """x [..., C] + bias [C], by the rule above."""
+    return _add_bias(x, bias)[0]
+
+
+def _add_bias_backward(bias: Array, g: Array):
+    rows = tuple(range(g.ndim - 1))
+    return g, g.sum(rows, dtype=jnp.float32).astype(bias.dtype)
+
+
+add_bias.defvjp(_add_bias, _add_bias_backward)
