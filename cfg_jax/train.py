@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from etils import epath
+from jax.sharding import Mesh
 
 from cfg_jax import command, experiment, generator, probes, sample, train_step
 from cfg_jax.data import batches as batching
@@ -122,6 +123,27 @@ class LabelProbes:
             probes.drop_rate_holds(means["p_uncond"], count, self._p_uncond)
 
 
+def step_program(model: experiment.Experiment, mesh: Mesh, shardings: Any) -> Any:
+    """The run's one program: the step of an experiment, jitted, its state donated and sharded.
+
+    `shardings` are those of the state. A call takes (state, frozen, batch, key).
+    """
+    plan = model.train
+    return jax.jit(
+        functools.partial(
+            train_step.train_step,
+            loss=model.loss,
+            optimizer=model.optimizer,
+            ema=model.ema,
+            gather=meshes.whole(mesh, model.dtypes()) if plan.fsdp > 1 else lambda params: params,
+            accumulate=plan.accumulate,
+            unroll=jax.default_backend() == "cpu",
+        ),
+        donate_argnums=0,
+        out_shardings=(shardings, meshes.replicated(mesh)),
+    )
+
+
 def train(
     config: Mapping[str, Any],
     workdir: str,
@@ -161,19 +183,7 @@ def train(
     )
     shapes = jax.eval_shape(init, key_init)
     shardings = meshes.state_shardings(mesh, shapes)
-    step_fn = jax.jit(
-        functools.partial(
-            train_step.train_step,
-            loss=model.loss,
-            optimizer=model.optimizer,
-            ema=model.ema,
-            gather=meshes.whole(mesh, model.dtypes()) if plan.fsdp > 1 else lambda params: params,
-            accumulate=plan.accumulate,
-            unroll=jax.default_backend() == "cpu",
-        ),
-        donate_argnums=0,
-        out_shardings=(shardings, meshes.replicated(mesh)),
-    )
+    step_fn = step_program(model, mesh, shardings)
     rows = {
         "image": jax.ShapeDtypeStruct((plan.batch_size, *model.dataset.image_shape), np.uint8),
         "label": jax.ShapeDtypeStruct((plan.batch_size,), np.int32),
