@@ -27,6 +27,12 @@ from cfg_jax.types import Array, Params, UsageError
 _STREAM = 2
 
 
+def keys(seed: Array, index: Array) -> Array:
+    """The keys of the trajectories, a function of (seed, index[i]) alone. seed []; index [B]."""
+    key = jax.random.fold_in(jax.random.key(seed), _STREAM)
+    return jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
+
+
 def reverse_chain(
     params: dict[str, Params],
     label: Array,
@@ -42,8 +48,6 @@ def reverse_chain(
     params {"model": ..., "classifier": ...}; label, index int32 [B]; w [] or [B]; seed []. Image
     i's draws come from (seed, index[i]) alone.
     """
-    key = jax.random.fold_in(jax.random.key(seed), _STREAM)
-    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
 
     def bind(label: Array):
         return denoisers.denoiser(
@@ -60,7 +64,7 @@ def reverse_chain(
     guided = rule(bind(label), second)
     if model.sample.clip:
         guided = denoisers.clipped(guided)
-    noise = samplers.seeded_noise(keys, model.dataset.image_shape)
+    noise = samplers.seeded_noise(keys(seed, index), model.dataset.image_shape)
     if hasattr(rule, "draws"):
         noise = rule.draws(noise)
     return images.to_uint8(model.sampler(guided, noise, model.lams()).x)
