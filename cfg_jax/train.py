@@ -1,7 +1,7 @@
 """The training job: one jitted, donated, sharded step, and the loop around it.
 
     python -m cfg_jax.train --config=digits --workdir=DIR [--config.FIELD=VALUE ...]
-        [--init_from=DIR] [--profile=FIRST:LAST] [--distributed]
+        [--init_from=DIR] [--profile=FIRST:LAST] [--distributed] [--unfinished_status=75]
 
 Writes config.json, checkpoints/, metrics.jsonl, TensorBoard events, sample grids and what the
 compiler made (compiled/, for the next start) to the workdir.
@@ -167,10 +167,11 @@ def train(
     *,
     init_from: str | None = None,
     profile: str | None = None,
-) -> None:
+) -> bool:
     """Trains to the config's last step, from the newest checkpoint in workdir if there is one.
 
-    `profile` is a window of steps to trace, "FIRST:LAST". Raises UsageError for what is wrong with
+    `profile` is a window of steps to trace, "FIRST:LAST". Returns whether the last step was made:
+    it is not where the run was told to leave before. Raises UsageError for what is wrong with
     the config or the folders, before anything is written; Diverged for what is not finite;
     ProbeError for a silent mistake; NotSaved where a checkpoint cannot be written.
     """
@@ -218,7 +219,7 @@ def train(
         start = int(state.step)
         if start >= plan.steps:
             runlog.say(f"at step {start} already: nothing is left of {plan.steps}")
-            return
+            return True
         if start:
             runlog.say(f"going on from step {start} of {plan.steps}")
         parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes.params))
@@ -269,6 +270,7 @@ def train(
                 runlog.say(f"told to leave at step {done}: saved, and leaving")
             if last:
                 break
+        return done == plan.steps
 
 
 def show_samples(
@@ -296,6 +298,11 @@ def _define_flags() -> None:
     flags.DEFINE_string("init_from", None, "Start a new run from the EMA of this one.")
     flags.DEFINE_string("profile", None, "Steps to trace, as 100:110, into WORKDIR/profile.")
     flags.DEFINE_bool("distributed", False, "Join the other processes of a cluster.")
+    flags.DEFINE_integer(
+        "unfinished_status",
+        0,
+        "Exit status when told to leave before the last step, for what starts the run again.",
+    )
 
 
 def main(config: dict[str, Any]) -> None:
@@ -304,10 +311,12 @@ def main(config: dict[str, Any]) -> None:
     meshes.split_cpu(config["train"]["batch_size"])
     meshes.keep_compiled(FLAGS.workdir)
     try:
-        train(config, FLAGS.workdir, init_from=FLAGS.init_from, profile=FLAGS.profile)
+        done = train(config, FLAGS.workdir, init_from=FLAGS.init_from, profile=FLAGS.profile)
     except (windows.Diverged, probes.ProbeError, checkpoint.NotSaved, OSError) as error:
         print(f"stopped: {error}; checkpoints from before it are kept.", file=sys.stderr)
         command.leave(1)
+    if not done:
+        sys.exit(FLAGS.unfinished_status)
 
 
 if __name__ == "__main__":
