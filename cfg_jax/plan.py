@@ -104,9 +104,6 @@ def search(
 ) -> dict[str, Any]:
     """The largest batch a chip that fits: what was compiled, and what fits of it."""
     devices = len(compiler.target.devices)
-    capacity = compiler.target.capacity
-    if capacity is None:
-        raise UsageError(f"--search: how much memory {compiler.target.name} has is not known here.")
     reports = {config["train"]["batch_size"] // devices: step}
 
     def peak(batch: int) -> float:
@@ -116,7 +113,7 @@ def search(
         return reports[batch].memory.peak
 
     first = {batch: report.memory.peak for batch, report in reports.items()}
-    programs.largest_batch(peak, first, capacity, tries)
+    programs.largest_batch(peak, first, compiler.target.capacity, tries)
     fits = [batch for batch, report in reports.items() if report.memory.fits]
     return {
         "largest_batch_a_chip": max(fits, default=None),
@@ -147,6 +144,8 @@ def main(config: dict[str, Any]) -> None:
         meshes.split_cpu(model.train.batch_size)
     target = chips.target(FLAGS.topology)
     devices = len(target.devices)
+    if FLAGS.search and target.capacity is None:
+        raise UsageError(f"--search: how much memory {target.name} has is not known here.")
     for name, one in {"": config, **variants}.items():
         train = one["train"]
         try:
