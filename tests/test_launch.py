@@ -484,6 +484,60 @@ def test_what_is_packed_is_the_checkout_as_it_stands(cloud, tmp_path):
     assert done.returncode == 2 and "not a git checkout" in done.stderr
 
 
+# Slurm
+
+
+def test_slurm_submits(cloud):
+    args = ["--nodes=4", "--gpus_per_node=8", "--", "--config=imagenet64", "--workdir=DIR"]
+    assert cloud("slurm.sh", *args).status == 0
+    (call,) = cloud.calls
+    dry = cloud("slurm.sh", "--dry_run", *args).out.splitlines()
+    assert shlex.split(dry[1]) == call
+    # A task a GPU, all GPUs of the node in sight of each, and SIGTERM for the steps alone.
+    assert {"--ntasks-per-node=8", "--gpus-per-node=8", "--requeue", "--signal=TERM@120"} <= set(
+        call
+    )
+    cloud.says(**{"status.sbatch": ["1"]})
+    result = cloud("slurm.sh", *args)
+    assert result.status == 1 and "was not submitted" in result.errors[0]
+
+
+@pytest.mark.parametrize(
+    "srun, restarts, calls, status, wanted",
+    [
+        (0, "0", ["srun"], 0, ""),
+        (75, "0", ["srun", "scontrol", "sleep"], 0, "queued again (1 of 20)"),
+        (143, "19", ["srun", "scontrol", "sleep"], 0, "queued again (20 of 20)"),
+        (75, "20", ["srun"], 1, "--max_reruns=20 are used up"),
+        (2, "0", ["srun"], 2, "ended with status 2, by itself"),
+        (137, "0", ["srun"], 137, "ended with status 137, by itself"),
+    ],
+)
+def test_slurm_in_the_job(cloud, tmp_path, srun, restarts, calls, status, wanted):
+    """As Slurm runs it: a copy far from the checkout."""
+    copy = tmp_path / "slurm_script"
+    shutil.copy(ROOT / "launch" / "slurm.sh", copy)
+    (cloud.folder / "bin" / "sleep").symlink_to("recorder")
+    cloud.says(**{"status.srun": [str(srun)]})
+    job = ["--in_job", "20", "python", "train", "--config=digits", "--workdir=a b"]
+    env = cloud.env(SLURM_JOB_ID="7", SLURM_RESTART_COUNT=restarts, SLURM_CPUS_PER_TASK="12")
+    done = subprocess.run(["bash", copy, *job], env=env, text=True, capture_output=True)
+    assert done.returncode == status, done.stderr
+    assert [x[0] for x in cloud.calls] == calls and wanted in done.stderr
+    assert cloud.calls[0] == [
+        *("srun", "--cpus-per-task=12", "--kill-on-bad-exit=0", "python", "-m", "cfg_jax.train"),
+        *("--config=digits", "--workdir=a b"),
+    ]
+    if "scontrol" in calls:
+        assert cloud.calls[1] == ["scontrol", "requeue", "7"]
+
+
+def test_slurm_that_does_not_queue_again(cloud):
+    cloud.says(**{"status.srun": ["75"], "status.scontrol": ["1"]})
+    result = cloud("slurm.sh", "--in_job", "20", "python", "train", "--x=1", SLURM_JOB_ID="7")
+    assert result.status == 1 and "submit it again" in result.errors[0]
+
+
 # Bad input
 
 TPU = ["--name=pod", "--zone=us-west4-a", "--type=v4-8"]
@@ -516,6 +570,16 @@ BAD = {
         "the job's flag": (["run", *TPU, "--config=digits"], ["--config=digits", "after --"]),
         "the job's word": (["run", *TPU, *JOB, "digits"], ["'digits'"]),
         "flags for delete": (["delete", *TPU, *JOB], ["delete takes no flags"]),
+    },
+    "slurm.sh": {
+        "option": (["--gpus=8", "--", "--workdir=x"], ["--gpus", "--gpus_per_node"]),
+        "nodes": (["--nodes=0", "--", "--workdir=x"], ["--nodes=0"]),
+        "gpus": (["--gpus_per_node=all", "--", "--workdir=x"], ["--gpus_per_node=all"]),
+        "cpus": (["--cpus_per_gpu=x", "--", "--workdir=x"], ["--cpus_per_gpu=x"]),
+        "leave": (["--leave=2m", "--", "--workdir=x"], ["--leave=2m"]),
+        "no workdir": (["--nodes=2", "--", "--config=digits"], ["--workdir=FOLDER"]),
+        "job": (["--job=plan", "--", "--workdir=x"], ["--job=plan"]),
+        "the job's flag": (["--config=digits"], ["after --"]),
     },
 }
 
