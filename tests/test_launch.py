@@ -10,6 +10,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import yaml
 from cloud import FIXTURES, Cloud, git, short
 
 ROOT = Path(__file__).parent.parent
@@ -538,6 +539,95 @@ def test_slurm_that_does_not_queue_again(cloud):
     assert result.status == 1 and "submit it again" in result.errors[0]
 
 
+# Kubernetes
+
+JOBSET = ["--name=cfg", "--image=i:1", "--topology=v5e:4x8"]
+
+
+def manifest(text):
+    (document,) = yaml.safe_load_all(text)
+    return document
+
+
+def test_jobset_yaml_is_yaml_before_it_is_filled_in():
+    assert manifest((ROOT / "launch" / "jobset.yaml").read_text())["kind"] == "JobSet"
+
+
+def test_jobset_is_applied(cloud):
+    odd = ["--config.x=a: 'b' \"c\" \\d ${NAME} & #e", "--config.y=[1, 2]"]
+    env = ["--env=ONE=1", '--env=TWO=say "2"']
+    result = cloud("jobset.sh", *JOBSET, *env, "--workdir=gs://bucket/run", "--", *odd)
+    assert result.status == 0, result.err
+    assert cloud.calls == [["kubectl", "apply", "--filename=-"]]
+    text = (cloud.folder / "fed.kubectl").read_text()
+    dry = cloud("jobset.sh", *JOBSET, *env, "--workdir=gs://bucket/run", "--dry_run", "--", *odd)
+    assert dry.out == f"kubectl apply --filename=- <<'EOF'\n{text}EOF\n"
+
+    spec = manifest(text)["spec"]
+    assert spec["failurePolicy"]["maxRestarts"] == 20
+    job = spec["replicatedJobs"][0]["template"]["spec"]
+    assert job["completions"] == job["parallelism"] == 8
+    assert job["backoffLimit"] == 0 and job["completionMode"] == "Indexed"
+    pod = job["template"]["spec"]
+    assert pod["restartPolicy"] == "Never"
+    assert pod["nodeSelector"] == {
+        "cloud.google.com/gke-tpu-accelerator": "tpu-v5-lite-podslice",
+        "cloud.google.com/gke-tpu-topology": "4x8",
+    }
+    assert not {"tolerations", "initContainers", "volumes"} & set(pod)
+    (container,) = pod["containers"]
+    (rule,) = job["podFailurePolicy"]["rules"]
+    assert rule["onExitCodes"]["containerName"] == container["name"]
+    assert container["image"] == "i:1" and container["command"] == ["python", "-m", "cfg_jax.train"]
+    assert container["args"] == ["--workdir=gs://bucket/run", *odd, "--unfinished_status=75"]
+    assert container["env"] == [
+        {"name": "ONE", "value": "1"},
+        {"name": "TWO", "value": 'say "2"'},
+    ]
+    chips = {"google.com/tpu": 4}
+    assert container["resources"] == {"requests": chips, "limits": chips}
+
+    cloud.says(**{"status.kubectl": ["1"]})
+    result = cloud("jobset.sh", *JOBSET, *JOB)
+    assert result.status == 1 and "cfg was not applied" in result.errors[0]
+
+
+def test_jobset_on_spot_with_data(cloud):
+    result = cloud("jobset.sh", *JOBSET, "--spot", "--data=gs://bucket/data", *JOB)
+    assert result.status == 0, result.err
+    text = (cloud.folder / "fed.kubectl").read_text()
+    pod = manifest(text)["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    assert pod["nodeSelector"]["cloud.google.com/gke-spot"] == "true"
+    assert pod["tolerations"][0]["key"] == "cloud.google.com/gke-spot"
+    assert "gs://bucket/data" in pod["initContainers"][0]["command"]
+    assert pod["containers"][0]["env"] == [{"name": "TFDS_DATA_DIR", "value": "/data"}]
+    mounts = [x["volumeMounts"] for x in (pod["initContainers"][0], pod["containers"][0])]
+    assert mounts[0] == mounts[1] == [{"name": "data", "mountPath": "/data"}]
+
+
+@pytest.mark.parametrize(
+    "topology, more, hosts, chips, accelerator",
+    [
+        ("v5e:1x1", [], 1, 1, "tpu-v5-lite-podslice"),
+        ("v5e:2x4", ["--chips_per_host=8"], 1, 8, "tpu-v5-lite-podslice"),
+        ("v5e:16x16", [], 64, 4, "tpu-v5-lite-podslice"),
+        ("v4:4x4x4", [], 16, 4, "tpu-v4-podslice"),
+        ("v5p:4x4x4", [], 16, 4, "tpu-v5p-slice"),
+        ("v6e:4x4", [], 4, 4, "tpu-v6e-slice"),
+    ],
+)
+def test_jobset_hosts_and_chips(cloud, topology, more, hosts, chips, accelerator):
+    args = ["--name=cfg", "--image=i", f"--topology={topology}", *more, "--dry_run", *JOB]
+    text = cloud("jobset.sh", *args).out
+    job = manifest(text.split("\n", 1)[1].removesuffix("EOF\n"))
+    job = job["spec"]["replicatedJobs"][0]["template"]["spec"]
+    pod = job["template"]["spec"]
+    assert job["completions"] == hosts
+    assert pod["containers"][0]["resources"]["limits"] == {"google.com/tpu": chips}
+    assert pod["nodeSelector"]["cloud.google.com/gke-tpu-accelerator"] == accelerator
+    assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == topology.split(":")[1]
+
+
 # Bad input
 
 TPU = ["--name=pod", "--zone=us-west4-a", "--type=v4-8"]
@@ -580,6 +670,23 @@ BAD = {
         "no workdir": (["--nodes=2", "--", "--config=digits"], ["--workdir=FOLDER"]),
         "job": (["--job=plan", "--", "--workdir=x"], ["--job=plan"]),
         "the job's flag": (["--config=digits"], ["after --"]),
+    },
+    "jobset.sh": {
+        "no name": (["--image=i"], ["--name is missing"]),
+        "name": (["--name=Cfg", "--image=i"], ["--name=Cfg"]),
+        "no image": (["--name=cfg"], ["--image is missing", "docker build"]),
+        "no topology": (["--name=cfg", "--image=i"], ["--topology is missing"]),
+        "topology": (["--name=cfg", "--image=i", "--topology=4x4"], ["--topology=4x4", "v5e:AxB"]),
+        "dimensions": (["--name=cfg", "--image=i", "--topology=v4:4x4"], ["v4:4x4", "AxBxC"]),
+        "sides": (["--name=cfg", "--image=i", "--topology=v5e:0x4"], ["v5e:0x4"]),
+        "chips": ([*JOBSET, "--chips_per_host=3", *JOB], ["--chips_per_host=3", "1, 4 or 8"]),
+        "chips that do not divide": (
+            ["--name=cfg", "--image=i", "--topology=v5e:2x2", "--chips_per_host=8", *JOB],
+            ["must divide the 4 chips"],
+        ),
+        "workdir on a disk": ([*JOBSET, "--", "--workdir=run"], ["--workdir=run", "gs://"]),
+        "data": ([*JOBSET, "--data=/data", *JOB], ["--data=/data", "gs://"]),
+        "option": ([*JOBSET, "--zone=x", *JOB], ["--zone", "--namespace"]),
     },
 }
 
