@@ -12,7 +12,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-from cfg_jax.models import layers
+from cfg_jax.models import operations
 
 BATCH, SIDE, CHANNELS, DEPTH, STEPS, ROUNDS = 64, 8, 32, 8, 16, 7
 
@@ -46,7 +46,7 @@ def main():
     z = jax.random.normal(keys[0], (BATCH, SIDE, SIDE, CHANNELS))
     shape = (3, 3, CHANNELS, CHANNELS)
     kernels = [jax.random.normal(k, shape) / (9 * CHANNELS) ** 0.5 for k in keys[1:]]
-    programs = {"ours": chain(layers.convolve), "jax": chain(jaxs_own)}
+    programs = {"ours": chain(operations.convolve), "jax": chain(jaxs_own)}
     outputs = {name: program(z, kernels) for name, program in programs.items()}
     gap = float(jnp.abs(outputs["ours"] - outputs["jax"]).max())
     times = {name: [] for name in programs}

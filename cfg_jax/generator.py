@@ -154,6 +154,7 @@ class Generator:
         self._program = jax.jit(
             functools.partial(reverse_chain, model=model, classifier=classifier),
             out_shardings=rows,
+            compiler_options=meshes.compiler_options(),
         )
 
     def batch(self, labels: np.ndarray, index: np.ndarray, w, seed: int) -> np.ndarray:

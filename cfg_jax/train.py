@@ -141,6 +141,7 @@ def step_program(model: experiment.Experiment, mesh: Mesh, shardings: Any) -> An
         ),
         donate_argnums=0,
         out_shardings=(shardings, meshes.replicated(mesh)),
+        compiler_options=meshes.compiler_options(),
     )
 
 

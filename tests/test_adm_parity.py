@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import recipe
 
-from cfg_jax.models import layers, network, weights
+from cfg_jax.models import network, operations, weights
 from cfg_jax.types import UsageError
 
 
@@ -127,5 +127,5 @@ def test_plain_resampling_has_published_names():
 def test_strided_convolution_is_padded_as_pytorch_pads():
     """PyTorch pads both sides by one, where "SAME" would pad only the far side."""
     x, kernel = jnp.arange(16.0).reshape(1, 4, 4, 1), jnp.zeros((3, 3, 1, 1)).at[1, 1].set(1)
-    out = layers.convolve(x, kernel, stride=2)
+    out = operations.convolve(x, kernel, stride=2)
     np.testing.assert_array_equal(out[0, :, :, 0], [[0, 2], [8, 10]])

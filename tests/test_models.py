@@ -9,7 +9,7 @@ import pytest
 import recipe
 from flax import nnx
 
-from cfg_jax.models import layers, network, weights
+from cfg_jax.models import layers, network, operations, weights
 from cfg_jax.types import UsageError
 
 CLASSES = 3
@@ -117,7 +117,7 @@ def test_the_gradient_of_a_convolution_is_jaxs_own(stride, side, kernel_side):
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
 
-    ours, pull = jax.vjp(lambda x, k: layers.convolve(x, k, stride), x, kernel)
+    ours, pull = jax.vjp(lambda x, k: operations.convolve(x, k, stride), x, kernel)
     theirs, pull_own = jax.vjp(own, x, kernel)
     np.testing.assert_array_equal(ours, theirs)
     g = jnp.asarray(recipe.draw("g", ours.shape), jnp.float32)

@@ -9,7 +9,6 @@ Every layer of a `unet.Block` is called as `layer(h [B, H, W, C], embedding [B, 
 turns dropout on; there is no mode flag.
 """
 
-import functools
 import itertools
 import math
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from cfg_jax.models import operations
 from cfg_jax.types import Array, UsageError
 
 _uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -56,39 +56,6 @@ def sinusoid(s: Array, dim: int) -> Array:
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-def _convolve(x: Array, kernel: Array, stride: int) -> Array:
-    padding = [(side // 2, side // 2) for side in kernel.shape[:2]]
-    return jax.lax.conv_general_dilated(
-        x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def convolve(x: Array, kernel: Array, stride: int = 1) -> Array:
-    """The one convolution of the package: NHWC, HWIO, odd kernels, PyTorch's symmetric padding.
-
-    Its gradient by x is a convolution with the kernel turned around. jax's own rule says the same
-    in another layout, for which XLA:CPU has no fast code inside a loop: classifier guidance takes
-    one such gradient a step. Reverse mode only.
-    """
-    return _convolve(x, kernel, stride)
-
-
-def _convolve_forward(x: Array, kernel: Array, stride: int):
-    return _convolve(x, kernel, stride), (x, kernel)
-
-
-def _convolve_backward(stride: int, saved: tuple[Array, Array], g: Array):
-    x, kernel = saved
-    by_x, by_kernel = jax.vjp(lambda x, kernel: _convolve(x, kernel, stride), x, kernel)[1](g)
-    if stride == 1:
-        by_x = _convolve(g, kernel[::-1, ::-1].swapaxes(2, 3), 1)
-    return by_x, by_kernel  # what is not asked for is not computed
-
-
-convolve.defvjp(_convolve_forward, _convolve_backward)
-
-
 class Conv(nnx.Module):
     """A 3 x 3 convolution with a bias."""
 
@@ -99,7 +66,7 @@ class Conv(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
-        return convolve(x, kernel, self.stride) + self.bias[...].astype(self.dtype)
+        return operations.convolve(x, kernel, self.stride) + self.bias[...].astype(self.dtype)
 
 
 class Linear(nnx.Module):
@@ -111,7 +78,8 @@ class Linear(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x: Array) -> Array:
-        x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
+        x = operations.settled(x.astype(self.dtype))
+        kernel = self.kernel[...].astype(self.dtype)
         return x @ kernel + self.bias[...].astype(self.dtype)
 
 
@@ -120,7 +88,7 @@ class GroupNorm(nnx.Module):
 
     32 groups, or as many as divide both 32 and the channels, or one a channel below 32. `scale` and
     `shift` [B, C], where given, make it (1 + scale) norm(x) + shift, the AdaGN of Dhariwal & Nichol
-    (2021), section 3.1.
+    (2021), section 3.1. SiLU follows if `activate`.
     """
 
     def __init__(self, channels):
@@ -128,22 +96,13 @@ class GroupNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones(channels, jnp.float32))
         self.bias = nnx.Param(jnp.zeros(channels, jnp.float32))
 
-    def __call__(self, x: Array, *, scale: Array = 0, shift: Array = 0) -> Array:
-        dtype, x = x.dtype, x.astype(jnp.float32)
-        # Channels first, groups second: the image is read with no group axis in sight, which would
-        # cost XLA:CPU a relayout. Two passes, since mean(x^2) - mean(x)^2 cancels under an offset.
-        mean_c = x.mean((1, 2))  # [B, C]
-        var_c = jnp.square(x - mean_c[:, None, None]).mean((1, 2))
-        mean = self._over_groups(mean_c)
-        var = self._over_groups(var_c + jnp.square(mean_c - mean))
-        gain = self.scale[...] * (1 + scale) * jax.lax.rsqrt(var + 1e-5)
-        bias = self.bias[...] * (1 + scale) + shift
-        bias = jnp.broadcast_to(bias, mean.shape)[:, None, None]
-        return ((x - mean[:, None, None]) * gain[:, None, None] + bias).astype(dtype)
-
-    def _over_groups(self, moments: Array) -> Array:
-        grouped = moments.reshape(len(moments), self.groups, -1)
-        return grouped.mean(-1).repeat(grouped.shape[-1], axis=-1)
+    def __call__(
+        self, x: Array, *, scale: Array = 0, shift: Array = 0, activate: bool = False
+    ) -> Array:
+        shape = (x.shape[0], x.shape[-1])
+        gain = jnp.broadcast_to(self.scale[...] * (1 + scale), shape)
+        bias = jnp.broadcast_to(self.bias[...] * (1 + scale) + shift, shape)
+        return operations.group_norm(x, gain, bias, self.groups, activate)
 
 
 def halve(x: Array) -> Array:
@@ -200,16 +159,16 @@ class ResBlock(nnx.Module):
 
     def __call__(self, x: Array, embedding: Array, key: Array | None = None) -> Array:
         resample = RESAMPLE[self.resample]
-        h = self.conv1(resample(nnx.silu(self.norm1(x))))
+        h = self.conv1(resample(self.norm1(x, activate=True)))
         e = self.embed(embedding)  # [B, C] or [B, 2 C]
         if self.scale_shift_norm:
             scale, shift = jnp.split(e.astype(jnp.float32), 2, axis=-1)
-            h = self.norm2(h, scale=scale, shift=shift)
+            h = self.norm2(h, scale=scale, shift=shift, activate=True)
         else:
-            h = self.norm2(h + e[:, None, None])
-        h = self.conv2(dropout(nnx.silu(h), self.dropout, key))
+            h = self.norm2(h + e[:, None, None], activate=True)
+        h = self.conv2(dropout(h, self.dropout, key))
         x = resample(x)
-        return h + (x if self.skip is None else self.skip(x))
+        return operations.settled(h + (x if self.skip is None else self.skip(x)))
 
 
 def count_heads(channels: int, num_heads: int | None, head_channels: int | None) -> int:
@@ -249,8 +208,12 @@ def attend(q: Array, k: Array, v: Array) -> Array:
     """softmax(q k / sqrt(d)) v -> [B, N, C], heads merged; the scale is shared out to q and k."""
     scale = q.shape[-1] ** -0.25
     logits = jnp.einsum("bqhd,bkhd->bhqk", q * scale, k * scale, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    out = jnp.einsum("bhqk,bkhd->bqhd", weights, v)
+    # The softmax's division comes last: over d channels a query, not over its N weights.
+    logits = logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True))
+    weights = jnp.exp(logits)
+    total = weights.sum(-1).swapaxes(1, 2)[..., None]  # [B, N, heads, 1]
+    out = jnp.einsum("bhqk,bkhd->bqhd", weights.astype(v.dtype), v)
+    out = (out / total).astype(v.dtype)
     return out.reshape(*out.shape[:2], -1)
 
 
@@ -284,7 +247,7 @@ class Attention(nnx.Module):
         b, h, w, c = x.shape
         qkv = self.qkv(self.norm(x).reshape(b, h * w, c))
         out = attend(*split_heads(qkv, self.heads, self.head_order))
-        return x + self.proj(out).reshape(x.shape)
+        return operations.settled(x + self.proj(out).reshape(x.shape))
 
 
 class TimeEmbedding(nnx.Module):
