@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from benchmarks import torch_adm, turns
+from cfg_jax.runtime import memory
 
 
 def nchw(images: np.ndarray) -> torch.Tensor:
@@ -38,6 +39,7 @@ class Theirs:
 
     def __init__(self, task: str, folder: str, threads: int, compile: bool):
         self.base_mib = turns.resident_mib()
+        memory.keep()  # as ours does
         torch.set_num_threads(threads)
         torch.manual_seed(0)
         self.folder, self.task, self.compiles = Path(folder), task, compile

@@ -90,7 +90,11 @@ def program(
         params = {name: whole[name](tree) for name, tree in params.items()}
         return reverse_chain(params, *request, model=model, classifier=classifier)
 
-    return jax.jit(run, out_shardings=meshes.batch_sharding(mesh))
+    return jax.jit(
+        run,
+        out_shardings=meshes.batch_sharding(mesh),
+        compiler_options=meshes.compiler_options(mesh),
+    )
 
 
 def check_guidance(

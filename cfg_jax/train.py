@@ -124,6 +124,7 @@ def make_step(model: experiment.Experiment, mesh: Mesh) -> Step:
         ),
         donate_argnums=0,
         out_shardings=(shardings, meshes.replicated(mesh)),
+        compiler_options=meshes.compiler_options(mesh),
     )
     rows = {
         "image": jax.ShapeDtypeStruct((plan.batch_size, *model.dataset.image_shape), np.uint8),

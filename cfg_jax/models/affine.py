@@ -11,6 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from cfg_jax.models import once
 from cfg_jax.types import Array
 
 
@@ -29,23 +30,33 @@ def convolve(x: Array, kernel: Array, stride: int = 1) -> Array:
     in another layout, for which XLA:CPU has no fast code inside a loop: classifier guidance takes
     one such gradient a step.
     """
-    return _convolve(x, kernel.astype(x.dtype), stride)
+    return _convolve(once.once(x), kernel.astype(x.dtype), stride)
 
 
 def _convolve_forward(x: Array, kernel: Array, stride: int):
+    x = once.once(x)
     return _convolve(x, kernel.astype(x.dtype), stride), (x, kernel)
 
 
 def _convolve_backward(stride: int, saved: tuple[Array, Array], g: Array):
     x, kernel = saved
-    read = kernel.astype(x.dtype)
+    g, read = once.once(g), kernel.astype(x.dtype)
+    shape = jax.ShapeDtypeStruct(kernel.shape, kernel.dtype)
+    plain = functools.partial(_by_kernel, kernel=shape, stride=stride)
     if stride == 1:
         by_x = _convolve(g, read[::-1, ::-1].swapaxes(2, 3), 1)
+        over_rows = functools.partial(_by_kernel_over_rows, kernel=shape)
+        by_kernel = jax.lax.platform_dependent(x, g, cpu=over_rows, default=plain)
     else:
         (by_x,) = jax.vjp(lambda x: _convolve(x, read, stride), x)[1](g)
-    # Every tap of the kernel is a product over images and pixels, g spread out by the stride.
+        by_kernel = plain(x, g)
+    return by_x, by_kernel  # what is not asked for is not computed
+
+
+def _by_kernel(x: Array, g: Array, *, kernel: jax.ShapeDtypeStruct, stride: int) -> Array:
+    """Every tap of the kernel is a product over images and pixels, g spread out by the stride."""
     sides = list(zip(kernel.shape[:2], x.shape[1:3], g.shape[1:3]))
-    by_kernel = jax.lax.conv_general_dilated(
+    return jax.lax.conv_general_dilated(
         x,
         g,
         (1, 1),
@@ -54,7 +65,32 @@ def _convolve_backward(stride: int, saved: tuple[Array, Array], g: Array):
         dimension_numbers=("CHWN", "IHWO", "HWNC"),
         preferred_element_type=kernel.dtype,
     )
-    return by_x, by_kernel
+
+
+def _by_kernel_over_rows(x: Array, g: Array, *, kernel: jax.ShapeDtypeStruct) -> Array:
+    """The gradient of `convolve` by its kernel as a convolution along one axis, stride 1.
+
+        out[i, j, c, d] = sum over b, p, q of x[b, p + i, q + j, c] g[b, p, q, d]
+
+    is, with g moved by each j side by side in its channels, a convolution along p whose "channels"
+    are (b, q). The plain form has only b there, whose short runs XLA:CPU packs slowly.
+    x [B, H, W, C], g [B, H, W, D] -> that of the kernel.
+    """
+    b, h, w, c = x.shape
+    tall, wide = kernel.shape[:2]
+    half = wide // 2
+    padded = jnp.pad(g, ((0, 0), (0, 0), (half, half), (0, 0)))
+    moved = [padded[:, :, wide - 1 - j : wide - 1 - j + w] for j in range(wide)]
+    moved = jnp.concatenate(moved, axis=-1).swapaxes(0, 1).reshape(h, b * w, -1)
+    out = jax.lax.conv_general_dilated(
+        x.transpose(3, 1, 0, 2).reshape(c, h, b * w),
+        moved,
+        (1,),
+        [(tall // 2, tall // 2)],
+        dimension_numbers=("NHC", "HIO", "NHC"),
+        preferred_element_type=kernel.dtype,
+    )
+    return out.reshape(c, tall, wide, -1).transpose(1, 2, 0, 3)
 
 
 convolve.defvjp(_convolve_forward, _convolve_backward)

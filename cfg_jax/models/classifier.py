@@ -96,4 +96,4 @@ class Classifier(nnx.Module):
         """What the logits are an affine map of: [B, channels of the lowest level]."""
         del cond
         h, _ = self.encoder(z, nnx.silu(self.time(s)), key)
-        return self.pool(nnx.silu(self.norm_out(h.astype(jnp.float32))))
+        return self.pool(self.norm_out(h.astype(jnp.float32), activate=True))

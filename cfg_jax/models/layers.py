@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from cfg_jax.models import affine
+from cfg_jax.models import affine, norm, once
 from cfg_jax.types import Array, UsageError
 
 _uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -78,7 +78,7 @@ class Linear(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x: Array) -> Array:
-        x = affine.multiply(x.astype(self.dtype), self.kernel[...])
+        x = affine.multiply(once.settled(x.astype(self.dtype)), self.kernel[...])
         return affine.add_bias(x, self.bias[...])
 
 
@@ -87,7 +87,7 @@ class GroupNorm(nnx.Module):
 
     32 groups, or as many as divide both 32 and the channels, or one a channel below 32. `scale` and
     `shift` [B, C], where given, make it (1 + scale) norm(x) + shift, the AdaGN of Dhariwal & Nichol
-    (2021), section 3.1.
+    (2021), section 3.1. SiLU follows if `activate`.
     """
 
     def __init__(self, channels):
@@ -95,22 +95,13 @@ class GroupNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones(channels, jnp.float32))
         self.bias = nnx.Param(jnp.zeros(channels, jnp.float32))
 
-    def __call__(self, x: Array, *, scale: Array = 0, shift: Array = 0) -> Array:
-        dtype, x = x.dtype, x.astype(jnp.float32)
-        # Channels first, groups second: the image is read with no group axis in sight, which would
-        # cost XLA:CPU a relayout. Two passes, since mean(x^2) - mean(x)^2 cancels under an offset.
-        mean_c = x.mean((1, 2))  # [B, C]
-        var_c = jnp.square(x - mean_c[:, None, None]).mean((1, 2))
-        mean = self._over_groups(mean_c)
-        var = self._over_groups(var_c + jnp.square(mean_c - mean))
-        gain = self.scale[...] * (1 + scale) * jax.lax.rsqrt(var + 1e-5)
-        bias = self.bias[...] * (1 + scale) + shift
-        bias = jnp.broadcast_to(bias, mean.shape)[:, None, None]
-        return ((x - mean[:, None, None]) * gain[:, None, None] + bias).astype(dtype)
-
-    def _over_groups(self, moments: Array) -> Array:
-        grouped = moments.reshape(len(moments), self.groups, -1)
-        return grouped.mean(-1).repeat(grouped.shape[-1], axis=-1)
+    def __call__(
+        self, x: Array, *, scale: Array = 0, shift: Array = 0, activate: bool = False
+    ) -> Array:
+        shape = (x.shape[0], x.shape[-1])
+        gain = jnp.broadcast_to(self.scale[...] * (1 + scale), shape)
+        bias = jnp.broadcast_to(self.bias[...] * (1 + scale) + shift, shape)
+        return norm.group_norm(x, gain, bias, self.groups, activate)
 
 
 def halve(x: Array) -> Array:
@@ -167,16 +158,16 @@ class ResBlock(nnx.Module):
 
     def __call__(self, x: Array, embedding: Array, key: Array | None = None) -> Array:
         resample = RESAMPLE[self.resample]
-        h = self.conv1(resample(nnx.silu(self.norm1(x))))
+        h = self.conv1(resample(self.norm1(x, activate=True)))
         e = self.embed(embedding)  # [B, C] or [B, 2 C]
         if self.scale_shift_norm:
             scale, shift = jnp.split(e.astype(jnp.float32), 2, axis=-1)
-            h = self.norm2(h, scale=scale, shift=shift)
+            h = self.norm2(h, scale=scale, shift=shift, activate=True)
         else:
-            h = self.norm2(h + e[:, None, None])
-        h = self.conv2(dropout(nnx.silu(h), self.dropout, key))
+            h = self.norm2(h + e[:, None, None], activate=True)
+        h = self.conv2(dropout(h, self.dropout, key))
         x = resample(x)
-        return h + (x if self.skip is None else self.skip(x))
+        return once.settled(h + (x if self.skip is None else self.skip(x)))
 
 
 def count_heads(channels: int, num_heads: int | None, head_channels: int | None) -> int:
@@ -216,9 +207,13 @@ def _attend(q: Array, k: Array, v: Array):
     scale = q.shape[-1] ** -0.25
     q, k = q * scale, k * scale
     logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    out = jnp.einsum("bhqk,bkhd->bqhd", weights, v)
-    return out, (q, k, v, weights, out)
+    weights = jnp.exp(logits - logits.max(-1, keepdims=True))
+    # The softmax's division comes last: over d channels a query, not over its N weights.
+    total = weights.sum(-1).swapaxes(1, 2)[..., None]  # [B, N, heads, 1]
+    weights = weights.astype(v.dtype)
+    out = jnp.einsum("bhqk,bkhd->bqhd", weights, v, preferred_element_type=jnp.float32) / total
+    out = out.astype(v.dtype)
+    return out, (q, k, v, weights, total, out)
 
 
 @jax.custom_vjp
@@ -233,12 +228,14 @@ def attend(q: Array, k: Array, v: Array) -> Array:
 
 
 def _attend_backward(saved: tuple[Array, ...], g: Array):
-    q, k, v, weights, out = saved
+    q, k, v, weights, total, out = saved
     scale = q.shape[-1] ** -0.25
-    by_v = jnp.einsum("bhqk,bqhd->bkhd", weights, g)
-    by_weights = jnp.einsum("bqhd,bkhd->bhqk", g, v, preferred_element_type=jnp.float32)
-    # sum_k weights by_weights, which needs no sum over keys: Dao et al. (2022), appendix B.
-    mean = (g.astype(jnp.float32) * out).sum(-1).swapaxes(1, 2)[..., None]  # [B, heads, N, 1]
+    share = g.astype(jnp.float32) / total  # where the softmax would be, its weights are
+    # sum_k softmax_k (g v_k), which needs no sum over keys: Dao et al. (2022), appendix B.
+    mean = (share * out).sum(-1).swapaxes(1, 2)[..., None]  # [B, heads, N, 1]
+    share = share.astype(v.dtype)
+    by_v = jnp.einsum("bhqk,bqhd->bkhd", weights, share)
+    by_weights = jnp.einsum("bqhd,bkhd->bhqk", share, v, preferred_element_type=jnp.float32)
     by_logits = (weights * (by_weights - mean)).astype(v.dtype)
     by_q = jnp.einsum("bhqk,bkhd->bqhd", by_logits, k)
     by_k = jnp.einsum("bhqk,bqhd->bkhd", by_logits, q)
@@ -278,7 +275,7 @@ class Attention(nnx.Module):
         b, h, w, c = x.shape
         qkv = self.qkv(self.norm(x).reshape(b, h * w, c))
         out = attend(*split_heads(qkv, self.heads, self.head_order))
-        return x + self.proj(out.reshape(b, h * w, c)).reshape(x.shape)
+        return once.settled(x + self.proj(out.reshape(b, h * w, c)).reshape(x.shape))
 
 
 class TimeEmbedding(nnx.Module):

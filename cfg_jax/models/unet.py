@@ -266,4 +266,4 @@ class UNet(nnx.Module):
         h, skips = self.encoder(z, embedding, next(keys))
         for block, k in zip(self.decoder, keys):
             h = block(jnp.concatenate([h, skips.pop()], axis=-1), embedding, k)
-        return self.conv_out(nnx.silu(self.norm_out(h.astype(jnp.float32))))
+        return self.conv_out(self.norm_out(h.astype(jnp.float32), activate=True))

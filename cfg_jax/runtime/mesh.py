@@ -12,6 +12,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from cfg_jax.runtime import memory
 from cfg_jax.types import UsageError
 
 BATCH_AXES = ("data", "fsdp")
@@ -85,10 +86,14 @@ def split_cpu(batch_size: int) -> None:
     """Makes a CPU a small pod: as many XLA devices as the largest divisor of the batch up to its
     cores.
 
-    XLA runs a narrow convolution on one thread a device, so this is also what makes a CPU fast.
+    XLA runs a narrow convolution on one thread a device, so this is also what makes a CPU fast;
+    where there is nothing else, memory that is freed is kept as well.
     Without effect where the devices were chosen already, or once jax has started; other backends
     ignore it.
     """
+    platforms = jax.config.jax_platforms
+    if platforms == "cpu" if platforms else not (_has_tpu() or epath.Path("/dev/nvidia0").exists()):
+        memory.keep()
     if jax.config.jax_num_cpu_devices > 0 or "host_platform_device_count" in os.environ.get(
         "XLA_FLAGS", ""
     ):
@@ -104,6 +109,17 @@ def split_cpu(batch_size: int) -> None:
         jax.config.update("jax_num_cpu_devices", devices)
     except RuntimeError:  # the backend is up: a notebook, say, that has used jax already
         return
+
+
+def compiler_options(mesh: Mesh) -> dict[str, str] | None:
+    """For `jax.jit` of the programs that run long, on the devices of a mesh.
+
+    XLA:CPU drops `jax.lax.optimization_barrier` before it decides what is computed twice; the
+    models set some, and count on their being kept.
+    """
+    if platform(mesh) != "cpu":
+        return None
+    return {"xla_disable_hlo_passes": "cse_barrier_expander"}
 
 
 def keep_compiled(workdir: str) -> None:
