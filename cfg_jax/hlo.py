@@ -274,8 +274,8 @@ def product_flops(instruction: Instruction, computation: Computation) -> int:
     out = instruction.result[0].dims
     window = _window(instruction.attribute("window") or "")
     taps = 1
-    for at, spatial in enumerate(d for d in labels[3] if d.isdigit()):
-        size, stride, low, lhs_dilate, rhs_dilate = window[at]
+    for spatial in (d for d in labels[3] if d.isdigit()):
+        size, stride, low, lhs_dilate, rhs_dilate = window[int(spatial)]
         taps *= _valid_taps(
             lhs[labels[1].index(spatial)],
             rhs[labels[2].index(spatial)],

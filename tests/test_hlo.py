@@ -86,6 +86,18 @@ def test_a_batched_product_written_as_a_dilated_convolution():
     assert hlo.flops(hlo.parse(text)) == 2 * 4 * 5 * 8 * 3
 
 
+def test_the_dimensions_of_a_window_are_numbered():
+    """As the gradient of a kernel may be written: its spatial dimensions in no order."""
+    window = "window={size=1x6 pad=0_0x1_1}, dim_labels=f10b_i10o->1b0f"
+    text = f"""ENTRY %main (a: f32[4,6,1,3], b: f32[4,6,1,5]) -> f32[3,3,1,5] {{
+  %a = f32[4,6,1,3]{{3,2,1,0}} parameter(0)
+  %b = f32[4,6,1,5]{{3,2,1,0}} parameter(1)
+  ROOT %c = f32[3,3,1,5]{{3,2,1,0}} convolution(%a, %b), {window}
+}}
+"""
+    assert hlo.flops(hlo.parse(text)) == 2 * 4 * 3 * 5 * (3 * 6 - 2)
+
+
 def test_loops_count_as_often_as_they_run():
     for module in both(square(13), ROWS, SQUARE):
         assert hlo.flops(module) == 13 * PRODUCT
