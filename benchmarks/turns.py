@@ -30,12 +30,10 @@ def reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def resident_mib(field: str = "VmHWM") -> float:
-    """This process's resident memory: VmHWM is its peak, VmRSS what it is now."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) / 1024
-    raise ValueError(field)
+def resident_mib() -> float:
+    """The peak of this process's resident memory."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1024
 
 
 class Worker:

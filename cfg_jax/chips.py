@@ -40,6 +40,7 @@ CHIPS = {
     for chip in (
         Chip("v4", 275e12, 32 * GIB, 30.75 * GIB, 1200e9, 1.1e15 / 4096, 3, "megacore"),
         Chip("v5e", 197e12, 16 * GIB, 15.75 * GIB, 819e9, 200e9, 2, "default"),
+        # Documented as 95 GB; libtpu has somewhat more.
         Chip("v5p", 459e12, 95 * GIB, 95.73 * GIB, 2765e9, 600e9, 3, "megacore"),
         Chip("v6e", 918e12, 32 * GIB, 31.24 * GIB, 1640e9, 400e9, 2, "default"),
     )

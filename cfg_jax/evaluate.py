@@ -167,14 +167,24 @@ def look_at_real(
 ) -> tuple[scores.Reference, dict[str, dict[str, Any]]]:
     """What generated images are compared with, and how it and real images held out are described.
 
-    The reference is what training saw; "nn" is the mean distance of its images to the nearest of
-    the others. The scores of those held out, the judge's accuracy among them, say what to expect of
-    images that are real.
+    The reference is the split of the config, what training saw if no other is asked for; "nn" is
+    the mean distance of its images to the nearest of the others. The scores of images held out, the
+    judge's accuracy among them, say what to expect of images that are real; where the reference is
+    that very split there are none.
     """
-    seen, held_out = (dataset.load(split) for split in (dataset.split, dataset.held_out))
-    runlog.say(f"looking at {len(seen)} + {len(held_out)} real images of {dataset.name}")
+    runlog.say(f"looking at the real images of {dataset.name}")
+    seen = dataset.load(dataset.split)
     reference = scores.Reference.of(look_through(look, seen)[0])
-    scored = scores.score(*look_through(look, held_out), reference, knows_labels=look.knows_labels)
+    held_out = None
+    if dataset.split != dataset.held_out:
+        others = dataset.load(dataset.held_out)
+        looked = look_through(look, others)
+        scored = scores.score(*looked, reference, knows_labels=look.knows_labels)
+        held_out = {
+            "split": dataset.held_out,
+            "images": len(others),
+            "scores": {called(look, name): s.summary() for name, s in scored.items()},
+        }
     return reference, {
         "reference": {
             "dataset": dataset.name,
@@ -183,11 +193,7 @@ def look_at_real(
             "features": reference.features.shape[1],
             "nn": float(neighbours.among(reference.features).mean()),
         },
-        "held_out": {
-            "split": dataset.held_out,
-            "images": len(held_out),
-            "scores": {called(look, name): s.summary() for name, s in scored.items()},
-        },
+        "held_out": held_out,
     }
 
 

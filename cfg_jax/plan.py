@@ -104,20 +104,22 @@ def search(
 ) -> dict[str, Any]:
     """The largest batch a chip that fits: what was compiled, and what fits of it."""
     devices = len(compiler.target.devices)
-    reports = {config["train"]["batch_size"] // devices: step}
+    parts = config["train"]["accumulate"]  # a batch a chip is a multiple of them
+    reports = {config["train"]["batch_size"] // devices // parts: step}
 
-    def peak(batch: int) -> float:
+    def peak(multiple: int) -> float:
+        batch = multiple * parts
         runlog.say(f"compiling for {batch} images a chip")
         model = experiment.build(changed(config, "train.batch_size", batch * devices))
-        reports[batch] = compiler.training_step(model)
-        return reports[batch].memory.peak
+        reports[multiple] = compiler.training_step(model)
+        return reports[multiple].memory.peak
 
-    first = {batch: report.memory.peak for batch, report in reports.items()}
+    first = {multiple: report.memory.peak for multiple, report in reports.items()}
     programs.largest_batch(peak, first, compiler.target.capacity, tries)
-    fits = [batch for batch, report in reports.items() if report.memory.fits]
+    fits = [multiple * parts for multiple, report in reports.items() if report.memory.fits]
     return {
         "largest_batch_a_chip": max(fits, default=None),
-        "tried": {batch: report.json() for batch, report in sorted(reports.items())},
+        "tried": {m * parts: report.json() for m, report in sorted(reports.items())},
     }
 
 

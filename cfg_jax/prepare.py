@@ -7,13 +7,13 @@ imagenet_resized/64x64. What cannot be downloaded is taken from --manual_dir, un
 its publisher gives the files; Fashion-MNIST is there as Debian's package dataset-fashion-mnist
 installs it:
 
-    python -m cfg_jax.prepare --dataset=fashion_mnist --data_dir=DIR \
+    python -m cfg_jax.prepare --dataset=fashion_mnist --data_dir=DIR \\
         --manual_dir=/usr/share/datasets/fashion-mnist
 
 ImageNet is made from ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, had after registering at
 https://image-net.org/download-images, with central squares and the exact area resize:
 
-    python -m cfg_jax.prepare --dataset=imagenet64 --data_dir=DIR --manual_dir=DIR \
+    python -m cfg_jax.prepare --dataset=imagenet64 --data_dir=DIR --manual_dir=DIR \\
         [--workers=N] [--check_archives] [--partial]
 
 imagenet128 likewise. The archives are read where they are and never unpacked; a run that was

@@ -7,6 +7,7 @@ import dataclasses
 import gzip
 import hashlib
 import json
+import os
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -100,7 +101,7 @@ class Compiler:
 
     def sampler(self, model: experiment.Experiment) -> Report:
         """The whole guided chain, for one w that is not 0: both passes run at every level."""
-        mesh = self.mesh(model)
+        mesh = meshes.make_mesh(1, self.target.devices)  # as `sample` has it
 
         def lower(model):
             params = jax.eval_shape(model.network.init, jax.random.key(0))
@@ -155,6 +156,7 @@ class Compiler:
     def _compiled(self, lowered) -> dict[str, Any]:
         """The compiled text, memory and seconds, from the folder or from the compiler."""
         parts = [lowered.as_text(), self.target.name, *map(str, self._versions.items())]
+        parts += [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
         name = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:20]
         kept = self._keep and self._keep / f"{name}.json.gz"
         if kept and kept.exists():

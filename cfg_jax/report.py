@@ -28,7 +28,7 @@ TITLES = {
     "is": "inception score",
     "precision": "precision",
     "recall": "recall",
-    "nn": "nearest training image",
+    "nn": "nearest reference image",
     "accuracy": "accuracy",
 }
 
@@ -109,12 +109,12 @@ def _title(name: str) -> str:
 def draw_curve(sweep: Sweep) -> bytes:
     """curve.png: Frechet distance against inception score, and each score against w.
 
-    Bars are 95 % bootstrap intervals; the grey lines are what held-out real images score, the
-    dashed one the distance of a training image to the nearest of the others.
+    Bars are 95 % bootstrap intervals; the grey lines are what held-out real images score, if there
+    are any, the dashed one the distance of a reference image to the nearest of the others.
     """
     rules = _by_rule(sweep["points"])
     names = list(sweep["points"][0]["scores"])
-    held_out = sweep["recipe"]["held_out"]["scores"]
+    held_out = (sweep["recipe"]["held_out"] or {"scores": {}})["scores"]
     figure = figures.Figure(figsize=(13, 8.5), layout="constrained")
     last = np.repeat(names[4:], 4 // len(names[4:]))
     axes = figure.subplot_mosaic(
@@ -205,9 +205,8 @@ def page(sweep: Sweep, curve: bytes, grids: Mapping[str, np.ndarray]) -> str:
         f" features of {html.escape(recipe['features']['name'])}, against {reference['images']:,}"
         f" images of {html.escape(reference['split'])}.</p>",
         f"<img src='{_data_uri(curve)}' alt='Scores against w'>",
-        "<p class='soft'>Bars are 95 % bootstrap intervals. Grey lines: the"
-        f" {held_out['images']:,} real images of {html.escape(held_out['split'])}, which training"
-        " did not see; dashed, the distance of a training image to the nearest of the others.</p>",
+        f"<p class='soft'>Bars are 95 % bootstrap intervals. {_grey_lines(held_out)} Dashed: the"
+        " distance of a reference image to the nearest of the others.</p>",
         "<h2>Images from equal seeds</h2>",
     ]
     for rule, points_of_rule in _by_rule(points).items():
@@ -219,10 +218,10 @@ def page(sweep: Sweep, curve: bytes, grids: Mapping[str, np.ndarray]) -> str:
         )
     parts += [
         "<h2>Scores</h2>",
-        f"<div class='scroll'>{_html_table(points, held_out['scores'])}</div>",
+        f"<div class='scroll'>{_html_table(points, held_out and held_out['scores'])}</div>",
         "<p class='soft'>Evaluations are those of the network an image; behind a plus, those of the"
         " classifier with its gradient. Precision and recall use the"
-        f" {recipe['precision_recall']['k']} nearest neighbours. Images nearer to a training image"
+        f" {recipe['precision_recall']['k']} nearest neighbours. Images nearer to a reference image"
         f" than these are to one another ({reference['nn']:.3f}) would be copies of them.</p>",
         "<h2>Recipe</h2><details><summary>Everything that made these numbers</summary>"
         f"<pre>{html.escape(json.dumps(recipe, indent=1))}</pre></details>",
@@ -236,7 +235,14 @@ def page(sweep: Sweep, curve: bytes, grids: Mapping[str, np.ndarray]) -> str:
     )
 
 
-def _html_table(points: list[Point], held_out: Mapping[str, Any]) -> str:
+def _grey_lines(held_out: Mapping[str, Any] | None) -> str:
+    if held_out is None:
+        return ""
+    split = html.escape(held_out["split"])
+    return f"Grey lines: {held_out['images']:,} real images of {split}, which training did not see."
+
+
+def _html_table(points: list[Point], held_out: Mapping[str, Any] | None) -> str:
     names = list(points[0]["scores"])
 
     def cells(scores: Mapping[str, Any]) -> str:
@@ -249,7 +255,8 @@ def _html_table(points: list[Point], held_out: Mapping[str, Any]) -> str:
             start = [html.escape(p["guidance"]), f"{p['w']:g}", f"{p['scale']:g}", evaluations(p)]
             start = "".join(f"<td>{cell}</td>" for cell in start)
             lines.append(f"<tr{' class=first' * (i == 0)}>{start}{cells(p['scores'])}</tr>")
-    lines.append(f"<tr class=first><td colspan=4>real, held out</td>{cells(held_out)}</tr>")
+    if held_out is not None:
+        lines.append(f"<tr class=first><td colspan=4>real, held out</td>{cells(held_out)}</tr>")
     return f"<table>{''.join(lines)}</table>"
 
 

@@ -1,7 +1,7 @@
 """Fashion-MNIST, 28x28 padded to 32x32: half an hour on two cores.
 
 python -m cfg_jax.prepare --dataset=fashion_mnist --data_dir=DATA
-python -m cfg_jax.train --config=fashion_mnist --config.dataset.data_dir=DATA \
+python -m cfg_jax.train --config=fashion_mnist --config.dataset.data_dir=DATA \\
     --workdir=runs/fashion_mnist
 """
 

@@ -1,6 +1,6 @@
 """The judge of Fashion-MNIST: a classifier of clean images, with a seed and width of its own.
 
-python -m cfg_jax.train --config=fashion_mnist_judge --config.dataset.data_dir=DATA \
+python -m cfg_jax.train --config=fashion_mnist_judge --config.dataset.data_dir=DATA \\
     --workdir=runs/fashion_mnist_judge
 """
 

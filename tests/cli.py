@@ -14,6 +14,7 @@ import tempfile
 import time
 import traceback
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 # A digits run small enough for a test: 8x8 images, 23 thousand parameters, 8 noise levels.
@@ -69,7 +70,7 @@ class Running:
 class Cli:
     """cli("train", "--config=digits", ...) -> Result."""
 
-    def __init__(self):
+    def __init__(self, env: Mapping[str, str] | None = None):
         self._zygote = subprocess.Popen(
             [sys.executable, __file__],
             stdin=subprocess.PIPE,
@@ -81,7 +82,8 @@ class Cli:
                 "JAX_COMPILATION_CACHE_DIR": tempfile.mkdtemp(prefix="cfg_jax_cache_"),
                 "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
                 "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-            },
+            }
+            | (env or {}),
         )
 
     def start(self, job: str, *args: str, env: dict[str, str] | None = None) -> Running:

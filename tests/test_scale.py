@@ -48,7 +48,7 @@ def test_imagenet_from_its_archives_to_the_sweep(cli, archives, tmp_path):  # no
         "train",
         "--config=imagenet64_classifier",
         "--config.loss.noisy=False",
-        "--config.train.seed=1",
+        "--config.train.seed=1",  # and a width of its own, which is thin here anyway
         where,
         f"--workdir={judge}",
         *THIN,
@@ -66,6 +66,9 @@ def test_imagenet_from_its_archives_to_the_sweep(cli, archives, tmp_path):  # no
         "--num_samples=12",
         *few,
     )
-    points = json.loads(open(f"{run}/sweep/sweep.json").read())["points"]
+    sweep = json.loads(open(f"{run}/sweep/sweep.json").read())
+    points = sweep["points"]
+    assert sweep["recipe"]["held_out"] is None, "the reference is not held out from itself"
+    assert "held out" not in open(f"{run}/sweep/report.html").read().split("<h2>Recipe")[0]
     assert [(p["w"], p["evaluations"]) for p in points] == [(0, 4), (1, 8)]
     assert all(np.isfinite(s["value"]) for p in points for s in p["scores"].values())

@@ -10,6 +10,7 @@ import pytest
 from faults import assert_equal, distance, final_state, run_together
 
 from cfg_jax import experiment, generator, hlo, traffic, train, train_step
+from cfg_jax.models import affine
 from cfg_jax.runtime import checkpoint, profile, window
 from cfg_jax.runtime import mesh as meshes
 from cfg_jax.types import UsageError
@@ -305,3 +306,22 @@ def test_a_machine_with_tpus_is_known_by_its_bus(tmp_path, vendor, device, found
             (tmp_path / name / file).write_text(number + "\n")
     assert meshes._has_tpu(str(tmp_path)) == found
     assert not meshes._has_tpu(str(tmp_path / "none"))
+
+
+def test_a_barrier_is_kept_where_the_compiler_is_told_to():
+    """XLA:CPU would otherwise compute again what `once` marks, for each that reads it."""
+    mesh = meshes.make_mesh()
+    x, kernel = jnp.ones((8, 4, 4, 3)), jnp.ones((3, 3, 3, 3))
+    jax.config.update("jax_disable_most_optimizations", False)
+    try:
+        kept = [
+            jax.jit(lambda x, k: affine.convolve(jnp.sin(x), k), compiler_options=options)
+            .lower(x, kernel)
+            .compile()
+            .as_text()
+            .count("opt-barrier")
+            for options in (None, meshes.compiler_options(mesh))
+        ]
+    finally:
+        jax.config.update("jax_disable_most_optimizations", True)
+    assert kept[0] == 0 and kept[1] > 0

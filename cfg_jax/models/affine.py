@@ -1,4 +1,4 @@
-"""Convolution, product and bias, and in which precision their gradients come.
+"""Convolution, product and bias, with gradients of our own: their precision, and CPU's layouts.
 
 A parameter is read in the precision of the image, but its gradient comes in the precision that it
 was handed over in, as it was accumulated: that is what is summed over the devices. So whoever hands
@@ -26,9 +26,9 @@ def _convolve(x: Array, kernel: Array, stride: int) -> Array:
 def convolve(x: Array, kernel: Array, stride: int = 1) -> Array:
     """The one convolution of the package: NHWC, HWIO, odd kernels, PyTorch's symmetric padding.
 
-    Its gradient by x is a convolution with the kernel turned around. jax's own rule says the same
-    in another layout, for which XLA:CPU has no fast code inside a loop: classifier guidance takes
-    one such gradient a step.
+    With stride 1 its gradient by x is a convolution with the kernel turned around. jax's own rule
+    says the same in another layout, for which XLA:CPU has no fast code inside a loop: classifier
+    guidance takes one such gradient a step. By the kernel, CPU has a form of its own too.
     """
     return _convolve(once.once(x), kernel.astype(x.dtype), stride)
 

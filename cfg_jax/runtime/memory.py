@@ -4,7 +4,11 @@ import ctypes
 import sys
 
 # From <malloc.h>: one pool for all threads, no mapping of its own for what is large, no trimming.
-_OPTIONS = {"M_ARENA_MAX": (-8, 1), "M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, 2**31 - 1)}
+_OPTIONS = (
+    (-8, 1),  # M_ARENA_MAX
+    (-4, 0),  # M_MMAP_MAX
+    (-1, 2**31 - 1),  # M_TRIM_THRESHOLD
+)
 
 
 def keep() -> None:
@@ -19,5 +23,5 @@ def keep() -> None:
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        for option, value in _OPTIONS.values():
+        for option, value in _OPTIONS:
             mallopt(option, value)

@@ -86,10 +86,10 @@ def split_cpu(batch_size: int) -> None:
     """Makes a CPU a small pod: as many XLA devices as the largest divisor of the batch up to its
     cores.
 
-    XLA runs a narrow convolution on one thread a device, so this is also what makes a CPU fast;
-    where there is nothing else, memory that is freed is kept as well.
-    Without effect where the devices were chosen already, or once jax has started; other backends
-    ignore it.
+    XLA runs a narrow convolution on one thread a device, so this is also what makes a CPU fast.
+    Devices stay as they are where they were chosen already, or once jax has started; other backends
+    ignore it. Where there is nothing but a CPU, the process also keeps the memory that it frees:
+    `memory.keep`.
     """
     platforms = jax.config.jax_platforms
     if platforms == "cpu" if platforms else not (_has_tpu() or epath.Path("/dev/nvidia0").exists()):
@@ -185,21 +185,21 @@ def state_shardings(mesh: Mesh, shapes):
     return jax.tree.map(rule, shapes)
 
 
-def whole(mesh: Mesh, dtypes, gradient_dtype: str = "bfloat16"):
+def whole(mesh: Mesh, dtypes, gradient_dtype: str | None = None):
     """A function of a pytree of arrays, for inside jit: each whole on every device, rounded to its
     dtype.
 
     Called once at the top of a program it is the one place where what lies over "fsdp" is gathered,
     and in the precision that is used. The layers give a gradient in the precision in which they
     were handed the parameter, and in that precision it is summed over the devices: `gradient_dtype`
-    is the least for both.
+    is the least for both, if there is to be one.
     """
     everywhere = replicated(mesh)
 
     def gather(tree):
         def one(leaf, dtype):
             leaf = jax.lax.with_sharding_constraint(leaf.astype(dtype), everywhere)
-            return leaf.astype(jnp.promote_types(dtype, gradient_dtype))
+            return leaf.astype(jnp.promote_types(dtype, gradient_dtype or dtype))
 
         return jax.tree.map(one, tree, dtypes)
 
