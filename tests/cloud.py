@@ -66,7 +66,7 @@ class Cloud:
             env=self.env(**env),
             text=True,
             capture_output=True,
-            timeout=300,
+            timeout=120,
         )
         return Ended(done.returncode, done.stdout, done.stderr)
 

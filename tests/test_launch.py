@@ -38,17 +38,29 @@ def small_checkout(tmp_path_factory):
 def cloud(tmp_path, small_checkout):
     shutil.rmtree(small_checkout / "runs", ignore_errors=True)
     (small_checkout / "code.py").write_text("first\n")
-    cloud = Cloud(tmp_path, small_checkout)
+    cloud = Cloud(tmp_path / "cloud", small_checkout)
     yield cloud
     cloud.close()
 
 
-@pytest.fixture
-def pod(cloud):
-    """A cloud with a TPU of two workers, set up."""
-    assert cloud("tpu.sh", "create", *POD, *QUICK).status == 0
-    assert cloud("tpu.sh", "setup", *POD, *QUICK).status == 0
+@pytest.fixture(scope="module")
+def set_up(tmp_path_factory, small_checkout):
+    """The folder of a cloud with a TPU of two workers, set up, and what was shipped to it."""
+    cloud = Cloud(tmp_path_factory.mktemp("pod") / "cloud", small_checkout)
+    for verb in ("create", "setup"):
+        result = cloud("tpu.sh", verb, *POD, *QUICK)
+        assert result.status == 0, result.err
     cloud.says(calls=[])
+    shutil.copytree(small_checkout / "runs", cloud.folder.with_name("runs"))
+    return cloud.folder
+
+
+@pytest.fixture
+def pod(cloud, set_up):
+    """A cloud with a TPU of two workers, set up."""
+    shutil.rmtree(cloud.folder)
+    shutil.copytree(set_up, cloud.folder, symlinks=True)
+    shutil.copytree(set_up.with_name("runs"), cloud.checkout / "runs")
     return cloud
 
 
@@ -326,14 +338,12 @@ FAILS = {
 
 
 @pytest.mark.parametrize("case", FAILS)
-def test_a_call_fails(case, cloud):
+def test_a_call_fails(case, cloud, request):
     """It stops there, says so in one line with what to do, and ends with 1."""
     (verb, *rest), pattern, wanted, steps = FAILS[case]
     if verb != "create":
-        assert cloud("tpu.sh", "create", *POD, *QUICK).status == 0
-    if verb not in ("create", "setup"):
-        assert cloud("tpu.sh", "setup", *POD, *QUICK).status == 0
-    cloud.says(calls=[], fail=[pattern])
+        request.getfixturevalue("pod")
+    cloud.says(fail=[pattern])
     quick = QUICK if verb in ("create", "setup") else []
     result = cloud("tpu.sh", verb, *(rest or [*POD, *quick]))
     assert [x for x in cloud.steps if x != "pip"] == steps
