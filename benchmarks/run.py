@@ -36,7 +36,7 @@ from benchmarks import turns
 
 # Largest relative error in the L2 norm. Adam divides each element of a gradient by about its own
 # size, so rounding in the smallest elements shows in what the parameters moved.
-AGREE = {"output": 1e-5, "gradient": 1e-4, "moved": 1e-2, "ema moved": 1e-2, "images": 1e-2}
+AGREE = {"output": 1e-5, "gradient": 1e-4, "moved": 5e-2, "ema moved": 5e-2, "images": 1e-2}
 
 
 def measure(config: str, task: str, options: argparse.Namespace) -> dict:

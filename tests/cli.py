@@ -118,6 +118,10 @@ def _run_job(request: dict) -> None:
         traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
+    import jax
+
+    if jax.distributed.is_initialized():
+        jax.distributed.shutdown()  # as at the end of a process of its own: waits for the others
     os._exit(status)
 
 
