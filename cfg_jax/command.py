@@ -20,7 +20,8 @@ def run(main: Callable, config: Callable[[dict[str, str]], dict] | None = None) 
     """Runs main() with absl's flags parsed, or main(config) where the job has a config.
 
     `config` makes it from the flags as typed ({"workdir": "DIR", ...}), before absl sees them,
-    since its fields then become flags of their own: --config.FIELD=VALUE. A UsageError becomes one
+    since its fields then become flags of their own: --config.FIELD=VALUE. Where it makes None, main
+    is called without one. A UsageError becomes one
     line on standard error and exit status 2; absl's own flag errors keep theirs.
     """
     argv = list(sys.argv)
@@ -29,10 +30,7 @@ def run(main: Callable, config: Callable[[dict[str, str]], dict] | None = None) 
             holder = None
         else:
             argv, typed = _take_config(argv)
-            base = experiment.SCHEMA.complete(_rename(config(typed), argv), missing_ok=True)
-            _check_paths(argv, base)
-            sys.argv = argv  # where config_flags looks for the overrides
-            holder = config_flags.DEFINE_config_dict("config", experiment.SCHEMA.overridable(base))
+            holder = _define_config(config(typed), argv)
     except UsageError as error:
         _leave(error)
 
@@ -66,6 +64,16 @@ def run(main: Callable, config: Callable[[dict[str, str]], dict] | None = None) 
             leave(1)
 
     app.run(body, argv=argv)
+
+
+def _define_config(config: dict | None, argv: list[str]):
+    """The config as flags, with what argv says of its fields; None where there is none."""
+    if config is None:
+        return None
+    base = experiment.SCHEMA.complete(_rename(config, argv), missing_ok=True)
+    _check_paths(argv, base)
+    sys.argv = argv  # where config_flags looks for the overrides
+    return config_flags.DEFINE_config_dict("config", experiment.SCHEMA.overridable(base))
 
 
 def _leave(error: UsageError) -> None:

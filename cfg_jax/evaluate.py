@@ -1,12 +1,16 @@
 """The evaluation job: fidelity against diversity over a list of w, the same seeds for each.
 
     python -m cfg_jax.evaluate --workdir=DIR --judge=DIR --w=0,0.1,0.3,1,4 [--num_samples=50000]
-        [--classifier=DIR] [--guidance=NAME,NAME] [--seed=0] [--config.sample.FIELD=VALUE ...]
-        [--out=DIR]
+        [--features=NAME,NAME] [--reference=FILE.npz] [--labels=training] [--classifier=DIR]
+        [--guidance=NAME,NAME] [--seed=0] [--config.sample.FIELD=VALUE ...] [--out=DIR]
+    python -m cfg_jax.evaluate --config=NAME --make_reference=FILE.npz [--features=NAME]
+    python -m cfg_jax.evaluate --samples=FILE.npz --reference=FILE.npz [--features=NAME] [--out=DIR]
 
 Writes sweep.csv, sweep.json (the scores with the full recipe), curve.png and report.html. The
-images are kept beside them: a sweep that was killed goes on where it stopped, and one with another
-w, or more samples, makes only what is missing.
+images and what was seen in them are kept beside them: a sweep that was killed goes on where it
+stopped, to the bit, and one with another w, or more samples, makes only what is missing.
+The second form writes a reference of a data set's images to be read instead of them, the third
+scores the images of another project (arr_0, uint8 [N, H, W, C]).
 """
 
 import importlib.metadata
@@ -18,24 +22,42 @@ import numpy as np
 from absl import flags
 from etils import epath
 
-from cfg_jax import command, experiment, features, generator, report, sample, schema, scores, sweep
-from cfg_jax.data import datasets, images
+from cfg_jax import (
+    command,
+    experiment,
+    features,
+    generator,
+    panel,
+    reference,
+    report,
+    sample,
+    schema,
+    scores,
+    sweep,
+)
+from cfg_jax.data import images
 from cfg_jax.diffusion import guidance
-from cfg_jax.metrics import neighbours
 from cfg_jax.runtime import logging as runlog
 from cfg_jax.runtime import mesh as meshes
 from cfg_jax.types import Params, UsageError
 
 FLAGS = flags.FLAGS
+BATCH = 128  # images at a time, where no config says how many
 
 
 def _define_flags() -> None:
-    flags.DEFINE_string("workdir", None, "The folder of a trained model.", required=True)
+    flags.DEFINE_string("workdir", None, "The folder of a trained model.")
     flags.DEFINE_string("w", "0,0.1,0.3,0.5,1,2,4", "Guidance strengths (scale - 1).")
     flags.DEFINE_integer("num_samples", 50_000, "Images a point.", lower_bound=2)
     flags.DEFINE_integer("seed", 0, "Image i of every point starts from the same noise.")
-    flags.DEFINE_string("features", "judge", f"Who looks: {', '.join(features.FEATURES)}.")
+    flags.DEFINE_string("features", "judge", f"Who look, of {', '.join(features.FEATURES)}.")
     flags.DEFINE_string("judge", None, "The folder of a classifier of clean images.")
+    flags.DEFINE_string("reference", None, "Real images as a file; the data set if absent.")
+    flags.DEFINE_string("make_reference", None, "Write the data set as such a file, and leave.")
+    flags.DEFINE_string("samples", None, "Score these images (.npz) rather than a model's.")
+    flags.DEFINE_enum(
+        "labels", "balanced", list(sweep.LABELS), "How often each label is asked for."
+    )
     flags.DEFINE_string("classifier", None, "The folder of a noisy classifier, to guide as well.")
     flags.DEFINE_string(
         "guidance", None, "Rules to compare; the config's if absent, and classifier where given."
@@ -64,77 +86,138 @@ def with_rule(config: dict[str, Any], name: str) -> experiment.Experiment:
     return experiment.build({**config, "sample": {**config["sample"], "guidance": section}})
 
 
-def main(config: dict[str, Any]) -> None:
+def main(config: dict[str, Any] | None = None) -> None:
+    """Sweeps, or writes a reference, or scores the images of a file, as the flags say."""
+    meshes.initialize_distributed(FLAGS.distributed)
+    meshes.split_cpu(config["sample"]["batch_size"] if config else BATCH)
+    if FLAGS.workdir is not None:
+        meshes.keep_compiled(FLAGS.workdir)
+    names = FLAGS.features.split(",")
+    if len(names) > 1 and (FLAGS.reference or FLAGS.make_reference):
+        raise UsageError(f"--features={FLAGS.features}: a reference is of one name only.")
+    if FLAGS.samples is not None:
+        score_samples(names)
+    elif FLAGS.make_reference is not None:
+        make_reference(names[0], config)
+    else:
+        sweep_over_w(names, config)
+
+
+def make_reference(name: str, config: dict[str, Any]) -> None:
+    """Writes the images of the config's data set as a reference."""
+    dataset = experiment.build(config).dataset
+    (look,) = panel.extractors([name], meshes.make_mesh(), FLAGS.judge)
+    bar = runlog.progress_bar(len(dataset.load(dataset.split)), "image")
+    made = reference.of_dataset(look, dataset, bar.update)
+    bar.close()
+    if jax.process_index() == 0:
+        reference.save(FLAGS.make_reference, made)
+        print(f"{made.recipe['images']:,} images of {dataset.name}: {FLAGS.make_reference}")
+
+
+def score_samples(names: list[str]) -> None:
+    """Scores the images of a file against a reference, as scores.json and a line each."""
+    if FLAGS.reference is None:
+        raise UsageError(
+            f"--samples={FLAGS.samples} needs --reference=FILE.npz: a published one, or one that "
+            "--make_reference has written."
+        )
+    made = reference.arrays_of("--samples", FLAGS.samples, ("arr_0",))["arr_0"]
+    looks = panel.extractors(names, meshes.make_mesh(), FLAGS.judge)
+    against = reference.load(FLAGS.reference, looks[0], image_shape=made.shape[1:])
+    bar = runlog.progress_bar(len(made), "image")
+    seen = looks[0](made, bar.update)
+    bar.close()
+    judges = panel.Panel(looks, [against])
+    scored = {name: s.summary() for name, s in judges.score([seen], None).items()}
+    recipe = {"samples": FLAGS.samples, "images": len(made), **judges.recipe()}
+    if jax.process_index() == 0:
+        out = epath.Path(FLAGS.out or epath.Path(FLAGS.samples).parent)
+        sample.make_folder(out)
+        report.write_scores(out, {"recipe": recipe | {"versions": versions()}, "scores": scored})
+        for name, score in scored.items():
+            print(f"{name}: {score['value']:.4f}")
+        print(out / "scores.json")
+
+
+def sweep_over_w(names: list[str], config: dict[str, Any]) -> None:
     """Makes and scores every point, and writes the results after each."""
     w = list(dict.fromkeys(sample.parse_numbers("w", FLAGS.w, float)))
-    names = rules(config, FLAGS.classifier, FLAGS.guidance)
-    make_extractor = schema.entry("--features", features.FEATURES, FLAGS.features)
-    meshes.initialize_distributed(FLAGS.distributed)
-    meshes.split_cpu(config["sample"]["batch_size"])
-    meshes.keep_compiled(FLAGS.workdir)
+    of_rules = rules(config, FLAGS.classifier, FLAGS.guidance)
     mesh = meshes.make_mesh()
-
     classifier = None
     if FLAGS.classifier is not None:
         classifier = experiment.build(generator.saved_config(FLAGS.classifier, "--classifier"))
-    models = {name: with_rule(config, name) for name in names}
+    models = {name: with_rule(config, name) for name in of_rules}
     guides = {
         n: classifier if m.guidance().second == "classifier" else None for n, m in models.items()
     }
-    for name in names:
+    for name in of_rules:
         generator.check_request(models[name], guides[name], [0], w, FLAGS.seed)
-    model = models[names[0]]
-    look = make_extractor(model, mesh, FLAGS.judge)
+    model = models[of_rules[0]]
+    dataset = model.dataset
+    looks = panel.extractors(names, mesh, FLAGS.judge)
+    panel.check_judge(looks, model)
     networks = load_networks(model, classifier)
     fingerprints = {n: features.fingerprint(params) for n, (_, params) in networks.items()}
     home = epath.Path(FLAGS.workdir)
     out = epath.Path(FLAGS.out or (home.parent if home.is_file() else home) / "sweep")
+    if FLAGS.reference is not None:
+        shape, how = dataset.image_shape, dataset.resize
+        against = reference.load(FLAGS.reference, looks[0], image_shape=shape, resize=how)
+        judges, held_out = panel.Panel(looks, [against]), None
+    else:
+        judges = panel.Panel.against_dataset(looks, dataset)
+        held_out = judges.held_out(dataset)
     if jax.process_index() == 0:
         sample.make_folder(out)
-
-    reference, of_real = look_at_real(look, model.dataset)
     recipe = {
         "workdir": FLAGS.workdir,
         "config": config,
         "classifier": classifier and {"workdir": FLAGS.classifier, "config": classifier.config},
         "steps": {n: step for n, (step, _) in networks.items()},
         "parameters": fingerprints,
-        "guidance": names,
+        "guidance": of_rules,
         "w": w,
         "num_samples": FLAGS.num_samples,
-        "labels": "image i is of class i mod the number of classes",
+        "labels": FLAGS.labels,
         "seed": FLAGS.seed,
-        "features": look.recipe,
-        **of_real,
-        "precision_recall": {"k": scores.K},
-        "resamples": {"all": scores.REPLICATES, look.fd: scores.FRECHET_REPLICATES},
+        **judges.recipe(),
+        "held_out": held_out,
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "versions": versions(),
     }
     results = {"recipe": recipe, "points": []}
-    bar = runlog.progress_bar(len(names) * len(w) * FLAGS.num_samples, "image")
-    labels = sweep.labels_of(FLAGS.num_samples, model.dataset.num_classes)
-    shown = report.columns(labels, model.dataset.num_classes)
+    bar = runlog.progress_bar(len(of_rules) * len(w) * FLAGS.num_samples, "image")
+    labels = sweep.LABELS[FLAGS.labels](FLAGS.num_samples, dataset)
+    shown = report.columns(labels, dataset.num_classes)
     grids = {}
-    for name in names:
+    for name in of_rules:
         used = [n for n in networks if n == "model" or guides[name] is not None]
         params = {n: networks[n][1] for n in used}
         sampled = generator.Generator(models[name], params, guides[name], mesh=mesh)
         first, rows = None, []
         for strength in w:
             point = sweep.Point(
-                sampled, strength, FLAGS.seed, {n: fingerprints[n] for n in used}, out
+                sampled=sampled,
+                w=strength,
+                seed=FLAGS.seed,
+                label_rule=FLAGS.labels,
+                labels=labels,
+                fingerprints={n: fingerprints[n] for n in used},
+                folder=out,
             )
             bar.set_description(point.title, refresh=False)
-            made = point.images(len(labels), bar.update)
-            scored = scores.score(*look(made), labels, reference, knows_labels=look.knows_labels)
+            made, seen = point.look(looks, keep=shown, progress=bar.update)
+            scored = judges.score(seen, labels)
             first = first or scored
-            results["points"].append(describe(point, look, scored, first))
-            rows.append(made[shown])
+            results["points"].append(describe(point, scored, first))
+            scale = max(1, 32 // made.shape[1])
+            rows.append(images.grid(made, len(shown), scale=scale))
             if jax.process_index() == 0:
                 report.write_tables(out, results)
-        scale = max(1, 32 // made.shape[1])
-        grids[name] = images.grid(np.concatenate(rows), len(shown), scale=scale)
+        order = np.argsort(w, kind="stable")  # as the report has them
+        grids[name] = [rows[i] for i in order]
     bar.close()
     if jax.process_index() == 0:
         report.write_pictures(out, results, grids)
@@ -162,60 +245,8 @@ def versions() -> dict[str, str]:
     }
 
 
-def look_at_real(
-    look: features.Extractor, dataset: Any
-) -> tuple[scores.Reference, dict[str, dict[str, Any]]]:
-    """What generated images are compared with, and how it and real images held out are described.
-
-    The reference is the split of the config, what training saw if no other is asked for; "nn" is
-    the mean distance of its images to the nearest of the others. The scores of images held out, the
-    judge's accuracy among them, say what to expect of images that are real; where the reference is
-    that very split there are none.
-    """
-    runlog.say(f"looking at the real images of {dataset.name}")
-    seen = dataset.load(dataset.split)
-    reference = scores.Reference.of(look_through(look, seen)[0])
-    held_out = None
-    if dataset.split != dataset.held_out:
-        others = dataset.load(dataset.held_out)
-        looked = look_through(look, others)
-        scored = scores.score(*looked, reference, knows_labels=look.knows_labels)
-        held_out = {
-            "split": dataset.held_out,
-            "images": len(others),
-            "scores": {called(look, name): s.summary() for name, s in scored.items()},
-        }
-    return reference, {
-        "reference": {
-            "dataset": dataset.name,
-            "split": dataset.split,
-            "images": len(seen),
-            "features": reference.features.shape[1],
-            "nn": float(neighbours.among(reference.features).mean()),
-        },
-        "held_out": held_out,
-    }
-
-
-def look_through(look: features.Extractor, examples: datasets.Examples) -> list[np.ndarray]:
-    """Features, logits and labels of all examples, of which few are in memory at a time."""
-    parts = []
-    for start in range(0, len(examples), 1024):
-        some = examples[start : start + 1024]
-        parts.append((*look(some["image"]), some["label"]))
-    return [np.concatenate(column) for column in zip(*parts, strict=True)]
-
-
-def called(look: features.Extractor, name: str) -> str:
-    """What a score is called when these features were used."""
-    return {"fd": look.fd, "is": look.score}.get(name, name)
-
-
 def describe(
-    point: sweep.Point,
-    look: features.Extractor,
-    scored: dict[str, scores.Score],
-    first: dict[str, scores.Score],
+    point: sweep.Point, scored: dict[str, scores.Score], first: dict[str, scores.Score]
 ) -> dict[str, Any]:
     """A point as sweep.json has it; differences are from the first w of the same rule, paired."""
     evaluations, of_classifier = point.passes
@@ -225,13 +256,20 @@ def describe(
         "scale": 1 + point.w,
         "evaluations": evaluations,
         "classifier_evaluations": of_classifier,
-        "scores": {called(look, name): s.summary() for name, s in scored.items()},
-        "from_first_w": {
-            called(look, name): s.difference(first[name]) for name, s in scored.items()
-        },
+        "scores": {name: s.summary() for name, s in scored.items()},
+        "from_first_w": {name: s.difference(first[name]) for name, s in scored.items()},
     }
+
+
+def _config(typed: dict[str, str]) -> dict[str, Any] | None:
+    """Of the workdir; or of a data set to be looked at; or none, where a file is scored."""
+    if "samples" in typed:
+        return None
+    if "make_reference" in typed and "config" in typed:
+        return experiment.load_config(typed["config"])
+    return generator.saved_config(typed.get("workdir", ""))
 
 
 if __name__ == "__main__":
     _define_flags()
-    command.run(main, config=lambda typed: generator.saved_config(typed.get("workdir", "")))
+    command.run(main, config=_config)

@@ -79,6 +79,31 @@ class Sample:
 
 
 @dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """A small sweep of the EMA during training. Raises UsageError for numbers out of range."""
+
+    every: int = 0  # steps between sweeps; 0 for none
+    w: tuple[float, ...] = (0.0, 1.0)
+    num_samples: int = 1000  # a w
+    seed: int = 0
+    features: str = "judge"  # as the flags of `evaluate` of these names
+    judge: str | None = None
+    reference: str | None = None
+    keep_best: str | None = None  # a score, as "fd_judge": the EMA that has the best one is kept
+
+    def __post_init__(self):
+        if self.every < 0 or self.num_samples < 2:
+            raise UsageError(
+                f"evaluate.every={self.every}: 0 for none, or more; "
+                f"evaluate.num_samples={self.num_samples}: 2 or more."
+            )
+        if not self.w:
+            raise UsageError("evaluate.w is empty: give a w, or evaluate.every=0.")
+        for w in self.w:
+            guidance.check_w(w)
+
+
+@dataclasses.dataclass(frozen=True)
 class Experiment:
     """The objects of a config, wired. Building it computes nothing and reads no data."""
 
@@ -94,6 +119,7 @@ class Experiment:
     optimizer: optax.GradientTransformation
     ema: train_step.Ema
     train: Train
+    evaluate: Evaluate
     sample: Sample
     guidance: Callable[..., Guidance]  # w -> Guidance
     sampler: Sampler
@@ -114,7 +140,7 @@ SCHEMA = schema.Schema(
         "sample.guidance": guidance.GUIDANCE,
         "sample.sampler": samplers.SAMPLERS,
     },
-    sections={"ema": train_step.Ema, "train": Train, "sample": Sample},
+    sections={"ema": train_step.Ema, "train": Train, "evaluate": Evaluate, "sample": Sample},
     scalars={"reading": "eps"},
     names={
         "schedule": "cosine",
@@ -238,6 +264,7 @@ def build(config: Mapping[str, Any]) -> Experiment:
         ),
         ema=train_step.Ema(**config["ema"]),
         train=Train(**config["train"]),
+        evaluate=Evaluate(**config["evaluate"]),
         sample=sample,
         guidance=functools.partial(rule, **_options(sample.guidance)),
         sampler=samplers.SAMPLERS[sample.sampler["name"]](**_options(sample.sampler)),

@@ -178,16 +178,20 @@ class Generator:
         self.batch_size = batch_size(model, self.mesh)
         self._program = program(model, self.mesh, classifier)
 
-    def batch(self, labels: np.ndarray, index: np.ndarray, w, seed: int) -> np.ndarray:
-        """Images for up to batch_size labels, uint8 [N, H, W, C]; w a number or one a label [N].
-
-        A smaller batch is filled up to a power of two, so that few sizes are compiled; the rows
-        added repeat the last one and are dropped.
+    def filled(self, count: int) -> int:
+        """How many rows a batch of `count` has on the devices: a power of two on each, so that few
+        sizes are compiled, and batch_size at most.
         """
-        n = len(labels)
-        each = -(-n // self.mesh.size)  # rows a device
-        filled = min(self.batch_size, self.mesh.size << (each - 1).bit_length())
-        pad = np.minimum(np.arange(filled), n - 1)
+        each = -(-count // self.mesh.size)
+        return min(self.batch_size, self.mesh.size << (each - 1).bit_length())
+
+    def on_device(self, labels: np.ndarray, index: np.ndarray, w, seed: int) -> Array:
+        """Images for up to batch_size labels, uint8 [filled(N), H, W, C] over the mesh; w a number
+        or one a label [N].
+
+        The rows beyond N repeat the last one.
+        """
+        pad = np.minimum(np.arange(self.filled(len(labels))), len(labels) - 1)
         w = np.asarray(w, np.float32)
         rows = {
             "label": np.asarray(labels, np.int32)[pad],
@@ -197,8 +201,11 @@ class Generator:
             rows["w"] = w[pad]
         rows = meshes.shard(self.mesh, rows)
         strength = rows.pop("w", w)
-        out = self._program(self.params, rows["label"], rows["index"], strength, np.uint32(seed))
-        return meshes.gather(out)[:n]
+        return self._program(self.params, rows["label"], rows["index"], strength, np.uint32(seed))
+
+    def batch(self, labels: np.ndarray, index: np.ndarray, w, seed: int) -> np.ndarray:
+        """`on_device`, as uint8 [N, H, W, C] on the host."""
+        return meshes.gather(self.on_device(labels, index, w, seed))[: len(labels)]
 
     def __call__(
         self,

