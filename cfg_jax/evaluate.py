@@ -1,8 +1,8 @@
 """The evaluation job: fidelity against diversity over a list of w, the same seeds for each.
 
     python -m cfg_jax.evaluate --workdir=DIR --judge=DIR --w=0,0.1,0.3,1,4 [--num_samples=50000]
-        [--classifier=DIR] [--guidance=NAME,NAME] [--seed=0] [--config.sample.FIELD=VALUE ...]
-        [--out=DIR]
+        [--classifier=DIR] [--weak=DIR] [--guidance=NAME,NAME] [--seed=0]
+        [--config.sample.FIELD=VALUE ...] [--out=DIR]
 
 Writes sweep.csv, sweep.json (the scores with the full recipe), curve.png and report.html. The
 images are kept beside them: a sweep that was killed goes on where it stopped, and one with another
@@ -18,7 +18,18 @@ import numpy as np
 from absl import flags
 from etils import epath
 
-from cfg_jax import command, experiment, features, generator, report, sample, schema, scores, sweep
+from cfg_jax import (
+    command,
+    experiment,
+    features,
+    generator,
+    report,
+    request,
+    sample,
+    schema,
+    scores,
+    sweep,
+)
 from cfg_jax.data import datasets, images
 from cfg_jax.diffusion import guidance
 from cfg_jax.metrics import neighbours
@@ -37,6 +48,7 @@ def _define_flags() -> None:
     flags.DEFINE_string("features", "judge", f"Who looks: {', '.join(features.FEATURES)}.")
     flags.DEFINE_string("judge", None, "The folder of a classifier of clean images.")
     flags.DEFINE_string("classifier", None, "The folder of a noisy classifier, to guide as well.")
+    flags.DEFINE_string("weak", None, "The folder of a weaker model, the reference to guide by.")
     flags.DEFINE_string(
         "guidance", None, "Rules to compare; the config's if absent, and classifier where given."
     )
@@ -74,18 +86,17 @@ def main(config: dict[str, Any]) -> None:
     meshes.keep_compiled(FLAGS.workdir)
     mesh = meshes.make_mesh()
 
-    classifier = None
-    if FLAGS.classifier is not None:
-        classifier = experiment.build(generator.saved_config(FLAGS.classifier, "--classifier"))
+    classifier = generator.open_guide("--classifier", FLAGS.classifier)
+    weak = generator.open_guide("--weak", FLAGS.weak)
     models = {name: with_rule(config, name) for name in names}
     guides = {
-        n: classifier if m.guidance().second == "classifier" else None for n, m in models.items()
+        n: classifier if m.guidance().second == "classifier" else weak for n, m in models.items()
     }
     for name in names:
-        generator.check_request(models[name], guides[name], [0], w, FLAGS.seed)
+        request.check(models[name], guides[name], [0], w, FLAGS.seed)
     model = models[names[0]]
     look = make_extractor(model, mesh, FLAGS.judge)
-    networks = load_networks(model, classifier)
+    networks = load_networks(model, classifier, weak)
     fingerprints = {n: features.fingerprint(params) for n, (_, params) in networks.items()}
     home = epath.Path(FLAGS.workdir)
     out = epath.Path(FLAGS.out or (home.parent if home.is_file() else home) / "sweep")
@@ -97,6 +108,7 @@ def main(config: dict[str, Any]) -> None:
         "workdir": FLAGS.workdir,
         "config": config,
         "classifier": classifier and {"workdir": FLAGS.classifier, "config": classifier.config},
+        "weak": weak and {"workdir": FLAGS.weak, "config": weak.config},
         "steps": {n: step for n, (step, _) in networks.items()},
         "parameters": fingerprints,
         "guidance": names,
@@ -117,7 +129,7 @@ def main(config: dict[str, Any]) -> None:
     shown = report.columns(labels, model.dataset.num_classes)
     grids = {}
     for name in names:
-        used = [n for n in networks if n == "model" or guides[name] is not None]
+        used = ["model", *([request.role(guides[name])] if guides[name] else [])]
         params = {n: networks[n][1] for n in used}
         sampled = generator.Generator(models[name], params, guides[name], mesh=mesh)
         first, rows = None, []
@@ -144,12 +156,13 @@ def main(config: dict[str, Any]) -> None:
 
 
 def load_networks(
-    model: experiment.Experiment, classifier: experiment.Experiment | None
+    model: experiment.Experiment, *guides: experiment.Experiment | None
 ) -> dict[str, tuple[int, Params]]:
-    """{"model": (step, EMA), "classifier": ...}, of the folders that the flags name."""
+    """{"model": (step, EMA), "classifier": ..., "weak": ...} of the folders that the flags name."""
     networks = {"model": generator.load_ema(FLAGS.workdir, model)}
-    if classifier is not None:
-        networks["classifier"] = generator.load_ema(FLAGS.classifier, classifier)
+    for guide in filter(None, guides):
+        role = request.role(guide)
+        networks[role] = generator.load_ema(FLAGS[role].value, guide)
     return networks
 
 
@@ -218,13 +231,14 @@ def describe(
     first: dict[str, scores.Score],
 ) -> dict[str, Any]:
     """A point as sweep.json has it; differences are from the first w of the same rule, paired."""
-    evaluations, of_classifier = point.passes
+    evaluations = point.evaluations
     return {
         "guidance": point.rule,
         "w": point.w,
         "scale": 1 + point.w,
-        "evaluations": evaluations,
-        "classifier_evaluations": of_classifier,
+        "evaluations": evaluations.model,
+        "classifier_evaluations": evaluations.classifier,
+        "weak_evaluations": evaluations.weak,
         "scores": {called(look, name): s.summary() for name, s in scored.items()},
         "from_first_w": {
             called(look, name): s.difference(first[name]) for name, s in scored.items()

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from cfg_jax import experiment, generator
+from cfg_jax import experiment, generator, request
 from cfg_jax.data import images
 from cfg_jax.runtime import mesh as meshes
 from cfg_jax.types import Array, Params, UsageError
@@ -82,7 +82,7 @@ def judge(model: experiment.Experiment, mesh: Mesh, path: str | None) -> Extract
             f"--judge={path} is no classifier of clean images: what guides must not judge; train "
             "one with loss.name=classification and loss.noisy=False."
         )
-    generator.check_same_images("--judge", classifier, model)
+    request.check_same_images("--judge", classifier, model)
     step, params = generator.load_ema(path, classifier)
 
     def look(params: Params, batch: Array) -> tuple[Array, Array]:
