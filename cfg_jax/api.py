@@ -5,7 +5,7 @@ images = model.sample([0, 3, 7], w=1.0)
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from cfg_jax import experiment
 from cfg_jax import generator as generators
 from cfg_jax.models import weights
 from cfg_jax.runtime import mesh as meshes
+from cfg_jax.types import Guidance, UsageError
 
 
 class Model:
@@ -36,19 +37,25 @@ class Model:
 
     def sample(
         self,
-        labels: Sequence[int],
+        labels: Sequence[int] | Sequence[Sequence[int]],
         w: float | Sequence[float] = 0.0,
         *,
         seed: int = 0,
         index: Sequence[int] | None = None,
+        guidance: Callable[[Any], Guidance] | None = None,
+        negative: Sequence[int] = (),
     ) -> np.ndarray:
-        """Guided samples, uint8 [N, H, W, C], one a label.
+        """Guided samples, uint8 [N, H, W, C], one a label, or one a mixture of labels [N, K].
 
-        w is the paper's strength (scale - 1), one number or one a label; sweeping it compiles once.
-        Image i depends on (seed, index[i]), its label and its w alone, with index 0, 1, ... by
-        default. Raises UsageError for a label outside the classes, w < -1, or a seed out of range.
+        w is the paper's strength (scale - 1), one number or one a label. Image i depends on (seed,
+        index[i]), its label and its w alone, with index 0, 1, ... by default. `guidance`, w -> a
+        rule, takes the place of the config's; `negative` are labels to move away from in place of
+        the null one. One program serves every w, seed, label and number of a rule: lambda w:
+        Interval(ClassifierFree(w), low, high) compiles once for all ends. Raises UsageError for a
+        label outside the classes, w < -1, or a seed out of range.
         """
-        return self._generator(labels, w, seed=seed, index=index)
+        generator = self._generator.guided(guidance, negative)
+        return generator(labels, w, seed=seed, index=index)
 
     def save(self, path: str, *, dtype: str = "float32") -> None:
         """Writes the EMA and its config as .safetensors, which `load` and the jobs read back.
@@ -63,15 +70,17 @@ class Model:
         weights.save_safetensors(path, params, metadata, dtype=dtype)
 
 
-def load(path: str, classifier: str | None = None) -> Model:
+def load(path: str, classifier: str | None = None, *, weak: str | None = None) -> Model:
     """The model in a training folder, or in a .safetensors file that `Model.save` wrote.
 
-    `classifier` is the folder of a noisy classifier, for a model whose config guides by one. Raises
-    UsageError where there is no model at the path.
+    `classifier` is the folder of a noisy classifier, for a model whose config guides by one; `weak`
+    that of a weaker model, which is then the reference to guide by. Raises UsageError where there
+    is no model at the path.
     """
     config = generators.saved_config(path, "path")
     meshes.split_cpu(config["sample"]["batch_size"])
-    model, guide = experiment.build(config), None
-    if classifier:
-        guide = experiment.build(generators.saved_config(classifier, "classifier"))
-    return Model(*generators.load(path, model, classifier, guide))
+    model = experiment.build(config)
+    if classifier and weak:
+        raise UsageError("classifier and weak: one of them guides, not both.")
+    guide = generators.open_guide("classifier", classifier) or generators.open_guide("weak", weak)
+    return Model(*generators.load(path, model, classifier or weak, guide))

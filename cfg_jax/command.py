@@ -114,7 +114,8 @@ def _overrides(argv: list[str]) -> dict[str, str]:
 
 def _rename(config: dict, argv: list[str]) -> dict:
     """Another entry of a table brings its own fields: those of the one it replaces are dropped."""
-    for path, value in _overrides(argv).items():
+    outer_first = sorted(_overrides(argv).items(), key=lambda item: item[0].count("."))
+    for path, value in outer_first:
         *parents, last = path.split(".")
         if last != "name" or ".".join(parents) not in experiment.SCHEMA.tables:
             continue

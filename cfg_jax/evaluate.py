@@ -2,7 +2,7 @@
 
     python -m cfg_jax.evaluate --workdir=DIR --judge=DIR --w=0,0.1,0.3,1,4 [--num_samples=50000]
         [--features=NAME,NAME] [--reference=FILE.npz] [--labels=training] [--classifier=DIR]
-        [--guidance=NAME,NAME] [--seed=0] [--config.sample.FIELD=VALUE ...] [--out=DIR]
+        [--weak=DIR] [--guidance=NAME,NAME] [--seed=0] [--config.sample.FIELD=VALUE ...] [--out=DIR]
     python -m cfg_jax.evaluate --config=NAME --make_reference=FILE.npz [--features=NAME]
     python -m cfg_jax.evaluate --samples=FILE.npz --reference=FILE.npz [--features=NAME] [--out=DIR]
 
@@ -30,6 +30,7 @@ from cfg_jax import (
     panel,
     reference,
     report,
+    request,
     sample,
     schema,
     scores,
@@ -59,6 +60,7 @@ def _define_flags() -> None:
         "labels", "balanced", list(sweep.LABELS), "How often each label is asked for."
     )
     flags.DEFINE_string("classifier", None, "The folder of a noisy classifier, to guide as well.")
+    flags.DEFINE_string("weak", None, "The folder of a weaker model, the reference to guide by.")
     flags.DEFINE_string(
         "guidance", None, "Rules to compare; the config's if absent, and classifier where given."
     )
@@ -145,20 +147,19 @@ def sweep_over_w(names: list[str], config: dict[str, Any]) -> None:
     w = list(dict.fromkeys(sample.parse_numbers("w", FLAGS.w, float)))
     of_rules = rules(config, FLAGS.classifier, FLAGS.guidance)
     mesh = meshes.make_mesh()
-    classifier = None
-    if FLAGS.classifier is not None:
-        classifier = experiment.build(generator.saved_config(FLAGS.classifier, "--classifier"))
+    classifier = generator.open_guide("--classifier", FLAGS.classifier)
+    weak = generator.open_guide("--weak", FLAGS.weak)
     models = {name: with_rule(config, name) for name in of_rules}
     guides = {
-        n: classifier if m.guidance().second == "classifier" else None for n, m in models.items()
+        n: classifier if m.guidance().second == "classifier" else weak for n, m in models.items()
     }
     for name in of_rules:
-        generator.check_request(models[name], guides[name], [0], w, FLAGS.seed)
+        request.check(models[name], guides[name], [0], w, FLAGS.seed)
     model = models[of_rules[0]]
     dataset = model.dataset
     looks = panel.extractors(names, mesh, FLAGS.judge)
     panel.check_judge(looks, model)
-    networks = load_networks(model, classifier)
+    networks = load_networks(model, classifier, weak)
     fingerprints = {n: features.fingerprint(params) for n, (_, params) in networks.items()}
     home = epath.Path(FLAGS.workdir)
     out = epath.Path(FLAGS.out or (home.parent if home.is_file() else home) / "sweep")
@@ -175,6 +176,7 @@ def sweep_over_w(names: list[str], config: dict[str, Any]) -> None:
         "workdir": FLAGS.workdir,
         "config": config,
         "classifier": classifier and {"workdir": FLAGS.classifier, "config": classifier.config},
+        "weak": weak and {"workdir": FLAGS.weak, "config": weak.config},
         "steps": {n: step for n, (step, _) in networks.items()},
         "parameters": fingerprints,
         "guidance": of_rules,
@@ -193,7 +195,7 @@ def sweep_over_w(names: list[str], config: dict[str, Any]) -> None:
     shown = report.columns(labels, dataset.num_classes)
     grids = {}
     for name in of_rules:
-        used = [n for n in networks if n == "model" or guides[name] is not None]
+        used = ["model", *([request.role(guides[name])] if guides[name] else [])]
         params = {n: networks[n][1] for n in used}
         sampled = generator.Generator(models[name], params, guides[name], mesh=mesh)
         first, rows = None, []
@@ -227,12 +229,13 @@ def sweep_over_w(names: list[str], config: dict[str, Any]) -> None:
 
 
 def load_networks(
-    model: experiment.Experiment, classifier: experiment.Experiment | None
+    model: experiment.Experiment, *guides: experiment.Experiment | None
 ) -> dict[str, tuple[int, Params]]:
-    """{"model": (step, EMA), "classifier": ...}, of the folders that the flags name."""
+    """{"model": (step, EMA), "classifier": ..., "weak": ...} of the folders that the flags name."""
     networks = {"model": generator.load_ema(FLAGS.workdir, model)}
-    if classifier is not None:
-        networks["classifier"] = generator.load_ema(FLAGS.classifier, classifier)
+    for guide in filter(None, guides):
+        role = request.role(guide)
+        networks[role] = generator.load_ema(FLAGS[role].value, guide)
     return networks
 
 
@@ -249,13 +252,14 @@ def describe(
     point: sweep.Point, scored: dict[str, scores.Score], first: dict[str, scores.Score]
 ) -> dict[str, Any]:
     """A point as sweep.json has it; differences are from the first w of the same rule, paired."""
-    evaluations, of_classifier = point.passes
+    evaluations = point.evaluations
     return {
         "guidance": point.rule,
         "w": point.w,
         "scale": 1 + point.w,
-        "evaluations": evaluations,
-        "classifier_evaluations": of_classifier,
+        "evaluations": evaluations.model,
+        "classifier_evaluations": evaluations.classifier,
+        "weak_evaluations": evaluations.weak,
         "scores": {name: s.summary() for name, s in scored.items()},
         "from_first_w": {name: s.difference(first[name]) for name, s in scored.items()},
     }

@@ -66,6 +66,8 @@ class Sample:
 
     guidance: dict[str, Any] = dataclasses.field(default_factory=dict)
     sampler: dict[str, Any] = dataclasses.field(default_factory=dict)
+    # Labels to move away from in place of the null one; several are mixed, a pass of each.
+    negative: tuple[int, ...] = ()
     grid: str = "uniform_u"
     steps: int = 256  # T, noise levels
     clip: bool = True  # x to [-1, 1], after mixing
@@ -130,6 +132,9 @@ class Experiment:
         return self.features is not None
 
 
+# Rules stand around rules: sample.guidance.rule is the one inside, and so on down.
+RULES = tuple("sample.guidance" + depth * ".rule" for depth in range(5))
+
 SCHEMA = schema.Schema(
     tables={
         "dataset": datasets.DATASETS,
@@ -137,7 +142,7 @@ SCHEMA = schema.Schema(
         "schedule": schedules.SCHEDULES,
         "loss": losses.LOSSES,
         "optimizer": train_step.OPTIMIZERS,
-        "sample.guidance": guidance.GUIDANCE,
+        **dict.fromkeys(RULES, guidance.GUIDANCE),
         "sample.sampler": samplers.SAMPLERS,
     },
     sections={"ema": train_step.Ema, "train": Train, "evaluate": Evaluate, "sample": Sample},
@@ -146,14 +151,14 @@ SCHEMA = schema.Schema(
         "schedule": "cosine",
         "loss": "denoising",
         "optimizer": "adam",
-        "sample.guidance": "classifier_free",
+        **dict.fromkeys(RULES, "classifier_free"),
         "sample.sampler": "ancestral",
     },
     bound={
         # What the data set, and the loss, decide.
         "model": {"rngs", "image_size", "in_channels", "out_channels", "num_classes", "null_row"},
         # What the jobs' flag --w gives.
-        "sample.guidance": {"w"},
+        **{path: {"w"} for path in RULES},
     },
 )
 
@@ -202,6 +207,29 @@ def _module(model: Mapping[str, Any], told: Mapping[str, Any]) -> networks.Build
     return networks.make(model["name"], **_options(model), **told)
 
 
+def rule(section: Mapping[str, Any], w: Any = 0.0) -> Guidance:
+    """The rule of a complete section `guidance`, with its strength where the innermost one has it.
+
+    w is a number, or one an image [B].
+    """
+    options = _options(section)
+    if "rule" in options:
+        inner = rule(options.pop("rule"), w)
+        return guidance.GUIDANCE[section["name"]](inner, **options)
+    return guidance.GUIDANCE[section["name"]](w, **options)
+
+
+def check_pair(guided: Guidance, sampler: Sampler) -> None:
+    """Raises UsageError for a rule that breaks the pair of x and eps where the sampler needs it."""
+    if sampler.needs_pair and not guided.keeps_pair:
+        able = [name for name, entry in samplers.SAMPLERS.items() if not entry.needs_pair]
+        raise UsageError(
+            f"guidance 'cfg_plus_plus' with sampler {type(sampler).__name__}: the rule re-adds "
+            "another noise than its x leaves of z, and this sampler takes that one; DDIM takes the "
+            f"eps that it is told. sample.sampler.name can be: {', '.join(able) or 'none here'}."
+        )
+
+
 def build(config: Mapping[str, Any]) -> Experiment:
     """The objects of a config. Raises UsageError for a field or value that is wrong, naming it."""
     config = SCHEMA.complete(config)
@@ -248,7 +276,11 @@ def build(config: Mapping[str, Any]) -> Experiment:
         return bound_loss(params, frozen, {**batch, "image": images.to_float(batch["image"])}, key)
 
     sample = Sample(**config["sample"])
-    rule = guidance.GUIDANCE[sample.guidance["name"]]
+    classes = dataset.num_classes
+    if outside := [c for c in sample.negative if not 0 <= c < classes]:
+        raise UsageError(f"sample.negative={outside}: the classes are 0 to {classes - 1}.")
+    sampler = samplers.SAMPLERS[sample.sampler["name"]](**_options(sample.sampler))
+    check_pair(rule(sample.guidance), sampler)
     return Experiment(
         config=config,
         dataset=dataset,
@@ -266,7 +298,7 @@ def build(config: Mapping[str, Any]) -> Experiment:
         train=Train(**config["train"]),
         evaluate=Evaluate(**config["evaluate"]),
         sample=sample,
-        guidance=functools.partial(rule, **_options(sample.guidance)),
-        sampler=samplers.SAMPLERS[sample.sampler["name"]](**_options(sample.sampler)),
+        guidance=functools.partial(rule, sample.guidance),
+        sampler=sampler,
         lams=functools.partial(schedules.GRIDS[sample.grid], schedule, sample.steps),
     )

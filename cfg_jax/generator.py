@@ -4,23 +4,24 @@ Network, guidance, clipping and sampler meet here, in the four lines that the pa
 jobs and the Python API are doors to it.
 """
 
+import copy
+import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from cfg_jax import experiment
+from cfg_jax import experiment, request
 from cfg_jax.data import images
 from cfg_jax.diffusion import denoiser as denoisers
-from cfg_jax.diffusion import guidance, losses, samplers
+from cfg_jax.diffusion import losses, samplers
 from cfg_jax.models import weights
 from cfg_jax.runtime import checkpoint
 from cfg_jax.runtime import mesh as meshes
-from cfg_jax.types import Array, Params, UsageError
+from cfg_jax.types import Array, Guidance, Params, UsageError
 
 # fold_in(key, 0) and (key, 1) are what training makes of an equal seed: its parameters and its
 # steps.
@@ -36,38 +37,44 @@ def keys(seed: Array, index: Array) -> Array:
 def reverse_chain(
     params: dict[str, Params],
     label: Array,
+    reference: Array,
     index: Array,
-    w: Array,
+    rule: Guidance,
     seed: Array,
     *,
     model: experiment.Experiment,
-    classifier: experiment.Experiment | None = None,
+    guide: experiment.Experiment | None = None,
 ) -> Array:
     """The guided reverse chain from noise to bytes: uint8 [B, H, W, C].
 
-    params {"model": ..., "classifier": ...}; label, index int32 [B]; w [] or [B]; seed []. Image
-    i's draws come from (seed, index[i]) alone.
+    params {"model": ..., and "classifier" or "weak": ...}; label, reference int32 [B], or [B, K]
+    where K labels are mixed; index int32 [B]; rule with its w [] or [B]; seed []. The reference is
+    the denoiser of its labels, of the weak model where there is one. Image i's draws come from
+    (seed, index[i]) alone.
     """
 
-    def bind(label: Array):
-        return denoisers.denoiser(
-            model.network, params["model"], {"label": label}, reading=model.reading
-        )
+    def bind(labels: Array, of: experiment.Experiment = model, name: str = "model"):
+        def one(label: Array):
+            cond = {"label": label}
+            return denoisers.denoiser(of.network, params[name], cond, reading=of.reading)
 
-    rule = model.guidance(w)
+        if labels.ndim == 1:
+            return one(labels)
+        return denoisers.mixed([one(labels[:, k]) for k in range(labels.shape[1])])
+
     if rule.second == "classifier":
-        second = losses.classifier_log_prob(classifier.network, params["classifier"], label)
-    elif rule.second == "unconditional" and model.null_label is not None:
-        second = bind(jnp.full_like(label, model.null_label))
+        second = losses.classifier_log_prob(guide.network, params["classifier"], label)
+    elif guide is not None:
+        second = bind(reference, guide, "weak")
     else:
-        second = bind(label)  # not called, or w = 0 only: `check_guidance` has refused the rest
+        second = bind(reference)
     guided = rule(bind(label), second)
     if model.sample.clip:
-        guided = denoisers.clipped(guided)
+        guided = denoisers.clipped(guided, keeps_pair=rule.keeps_pair)
     noise = samplers.seeded_noise(keys(seed, index), model.dataset.image_shape)
     if hasattr(rule, "draws"):
         noise = rule.draws(noise)
-    return images.to_uint8(model.sampler(guided, noise, model.lams()).x)
+    return images.to_uint8(model.sampler(guided, noise, request.levels(model)).x)
 
 
 def batch_size(model: experiment.Experiment, mesh: Mesh) -> int:
@@ -75,20 +82,19 @@ def batch_size(model: experiment.Experiment, mesh: Mesh) -> int:
     return -(-model.sample.batch_size // mesh.size) * mesh.size
 
 
-def program(
-    model: experiment.Experiment, mesh: Mesh, classifier: experiment.Experiment | None = None
-):
-    """`reverse_chain`, jitted for a mesh: (params, label, index, w, seed) -> uint8 [B, H, W, C].
+def program(model: experiment.Experiment, mesh: Mesh, guide: experiment.Experiment | None = None):
+    """`reverse_chain`, jitted for a mesh: (params, label, reference, index, rule, seed) -> uint8
+    [B, H, W, C].
 
     The parameters are made whole, in the precision that they are used in, before the chain: no step
     of it gathers or rounds them again. The mesh may be of devices that are not here.
     """
-    networks = {"model": model} | ({"classifier": classifier} if classifier else {})
+    networks = {"model": model} | ({request.role(guide): guide} if guide else {})
     whole = {name: meshes.whole(mesh, of.dtypes()) for name, of in networks.items()}
 
-    def run(params: dict[str, Params], *request: Array) -> Array:
+    def run(params: dict[str, Params], *asked: Any) -> Array:
         params = {name: whole[name](tree) for name, tree in params.items()}
-        return reverse_chain(params, *request, model=model, classifier=classifier)
+        return reverse_chain(params, *asked, model=model, guide=guide)
 
     return jax.jit(
         run,
@@ -97,86 +103,27 @@ def program(
     )
 
 
-def check_guidance(
-    model: experiment.Experiment, classifier: experiment.Experiment | None, w: Sequence[float]
-) -> None:
-    """Raises UsageError for strengths, or a classifier, that cannot guide the model."""
-    rule, name = model.guidance(), model.sample.guidance["name"]
-    for strength in w:
-        rule.passes(guidance.check_w(float(strength)))
-    if model.is_classifier:
-        raise UsageError(
-            "--workdir holds a classifier: it guides (--classifier), it does not sample."
-        )
-    if (rule.second == "classifier") != (classifier is not None):
-        raise UsageError(
-            f"sample.guidance.name={name!r}: classifier guidance needs --classifier=DIR and "
-            "--config.sample.guidance.name=classifier, and no other rule takes a classifier."
-        )
-    if classifier is not None:
-        if not classifier.is_classifier:
-            raise UsageError(
-                "--classifier holds no classifier: train one with loss.name=classification."
-            )
-        check_same_images("--classifier", classifier, model)
-    elif rule.second == "unconditional" and model.null_label is None and any(w):
-        raise UsageError(
-            f"w={[float(s) for s in w if s]}: this model has no null label (p_uncond = 0), so only "
-            "w=0 can be sampled; train with loss.p_uncond above 0."
-        )
-
-
-def check_same_images(
-    flag: str, classifier: experiment.Experiment, model: experiment.Experiment
-) -> None:
-    """Raises UsageError unless a classifier sees the images and classes that the model makes."""
-    for field in ("image_shape", "num_classes"):
-        ours, theirs = getattr(model.dataset, field), getattr(classifier.dataset, field)
-        if ours != theirs:
-            raise UsageError(f"{flag} has {field} {theirs}, the model {ours}.")
-
-
-def check_request(
-    model: experiment.Experiment,
-    classifier: experiment.Experiment | None,
-    labels: Sequence[int],
-    w: float | Sequence[float],
-    seed: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    """labels and w as arrays. Raises UsageError for one, or a seed, out of range."""
-    labels, w = np.asarray(labels), np.asarray(w, np.float32)
-    classes = model.dataset.num_classes
-    if labels.ndim != 1 or not len(labels) or labels.dtype.kind not in "iu":
-        raise UsageError("labels must be a list of whole numbers, at least one.")
-    if outside := sorted({int(c) for c in labels if not 0 <= c < classes}):
-        raise UsageError(f"labels {outside} are outside the classes 0 to {classes - 1}.")
-    if not 0 <= seed < 2**32:
-        raise UsageError(f"seed={seed}: must lie in 0 to 2^32 - 1.")
-    check_guidance(model, classifier, np.unique(w))
-    return labels, w
-
-
 class Generator:
-    """A model on this machine's devices, its reverse chain compiled once for all w, seeds and
-    labels.
+    """A model on this machine's devices, its reverse chain compiled once for all w, seeds, labels
+    and numbers of its guidance rule.
 
-    params {"model": ...} and, for classifier guidance, "classifier"; on `mesh`, all devices if none
-    is given.
+    params {"model": ...} and, where a second network guides, "classifier" or "weak"; on `mesh`, all
+    devices if none is given.
     """
 
     def __init__(
         self,
         model: experiment.Experiment,
         params: dict[str, Params],
-        classifier: experiment.Experiment | None = None,
+        guide: experiment.Experiment | None = None,
         *,
         mesh: Mesh | None = None,
     ):
-        self.model, self.classifier = model, classifier
+        self.model, self.guide = model, guide
         self.mesh = mesh or meshes.make_mesh()
         self.params = params
         self.batch_size = batch_size(model, self.mesh)
-        self._program = program(model, self.mesh, classifier)
+        self._program = program(model, self.mesh, guide)
 
     def filled(self, count: int) -> int:
         """How many rows a batch of `count` has on the devices: a power of two on each, so that few
@@ -195,13 +142,17 @@ class Generator:
         w = np.asarray(w, np.float32)
         rows = {
             "label": np.asarray(labels, np.int32)[pad],
+            "reference": request.reference(self.model, self.guide, labels)[pad],
             "index": np.asarray(index, np.int32)[pad],
         }
         if w.ndim:
             rows["w"] = w[pad]
         rows = meshes.shard(self.mesh, rows)
-        strength = rows.pop("w", w)
-        return self._program(self.params, rows["label"], rows["index"], strength, np.uint32(seed))
+        rule = self.model.guidance(rows.pop("w", w))
+        # Of one type each, so that another value is no other program.
+        rule = jax.tree.map(lambda a: a if isinstance(a, jax.Array) else np.float32(a), rule)
+        conditions = rows["label"], rows["reference"], rows["index"]
+        return self._program(self.params, *conditions, rule, np.uint32(seed))
 
     def batch(self, labels: np.ndarray, index: np.ndarray, w, seed: int) -> np.ndarray:
         """`on_device`, as uint8 [N, H, W, C] on the host."""
@@ -209,23 +160,23 @@ class Generator:
 
     def __call__(
         self,
-        labels: Sequence[int],
+        labels: Sequence[int] | Sequence[Sequence[int]],
         w: float | Sequence[float] = 0.0,
         *,
         seed: int = 0,
         index: Sequence[int] | None = None,
         progress: Callable[[int], Any] = lambda n: None,
     ) -> np.ndarray:
-        """Images for any number of labels, uint8 [N, H, W, C].
+        """Images for any number of labels [N], or mixtures of labels [N, K], uint8 [N, H, W, C].
 
         Image i has draws of its own, made from (seed, index[i]), index 0, 1, ... by default: the
         same image alone, in any batch and on any devices. w is one number, or one a label.
         `progress` is told how many images are done. Raises UsageError for a label outside the
         classes or a bad w.
         """
-        labels, w = check_request(self.model, self.classifier, labels, w, seed)
+        labels, w = request.check(self.model, self.guide, labels, w, seed)
         index = np.arange(len(labels)) if index is None else np.asarray(index)
-        if index.shape != labels.shape or (w.ndim and w.shape != labels.shape):
+        if index.shape != labels.shape[:1] or (w.ndim and w.shape != labels.shape[:1]):
             raise UsageError(
                 f"labels {labels.shape}, index {index.shape} and w {w.shape} must be of one "
                 "length; w may be one number."
@@ -239,8 +190,24 @@ class Generator:
             progress(len(out[-1]))
         return np.concatenate(out)
 
+    def guided(
+        self, guidance: Callable[[Any], Guidance] | None = None, negative: Sequence[int] = ()
+    ) -> "Generator":
+        """The same program with another rule, w -> rule, or other labels to move away from, where
+        they are given. It is compiled anew for a rule of another kind, not for other numbers.
+        """
+        model = self.model
+        sample = dataclasses.replace(
+            model.sample, negative=tuple(negative) or model.sample.negative
+        )
+        other = copy.copy(self)
+        other.model = dataclasses.replace(model, sample=sample, guidance=guidance or model.guidance)
+        return other
+
     def compilations(self) -> int:
-        """How many programs were compiled so far: one a batch size, for all w, seeds and labels."""
+        """How many programs were compiled so far: one a batch size and kind of rule, for all w,
+        seeds, labels and numbers of the rule.
+        """
         return self._program._cache_size()
 
 
@@ -292,20 +259,40 @@ def load_ema(path: str, model: experiment.Experiment, shardings: Any = None) -> 
     return step, items["ema"]
 
 
+def open_guide(flag: str, path: str | None) -> experiment.Experiment | None:
+    """What --classifier or --weak names, None for no path. Raises UsageError where that holds no
+    model, or the other kind.
+    """
+    if not path:
+        return None
+    guide = experiment.build(saved_config(path, flag))
+    if flag.endswith("classifier") and not guide.is_classifier:
+        raise UsageError(
+            f"{flag}={path} holds no classifier: train one with loss.name=classification."
+        )
+    if flag.endswith("weak") and guide.is_classifier:
+        raise UsageError(
+            f"{flag}={path} holds a classifier: a weaker model of the same images is needed, with "
+            "fewer channels or steps; a classifier guides by --classifier."
+        )
+    return guide
+
+
 def load(
     path: str,
     model: experiment.Experiment,
-    classifier_path: str | None = None,
-    classifier: experiment.Experiment | None = None,
+    guide_path: str | None = None,
+    guide: experiment.Experiment | None = None,
 ) -> tuple[Generator, int]:
     """A generator from the EMA of a run or an exported file, and the step it was saved at.
 
-    The experiments are what `experiment.build` makes of the `saved_config`s. Raises UsageError
-    where there is no model, or the two do not go together.
+    The experiments are what `experiment.build` makes of the `saved_config`s; the guide is a
+    classifier or a weaker model, with its own EMA. Raises UsageError where there is no model, or
+    the two do not go together.
     """
-    check_guidance(model, classifier, [])
+    request.check_guidance(model, guide, [])
     step, ema = load_ema(path, model)
     params = {"model": ema}
-    if classifier is not None:
-        params["classifier"] = load_ema(classifier_path, classifier)[1]
-    return Generator(model, params, classifier), step
+    if guide is not None:
+        params[request.role(guide)] = load_ema(guide_path, guide)[1]
+    return Generator(model, params, guide), step

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from cfg_jax import experiment, features, generator, reference, schema, scores
+from cfg_jax import experiment, features, reference, schema, scores
 from cfg_jax.runtime import logging as runlog
 from cfg_jax.types import UsageError
 
@@ -91,4 +91,4 @@ def check_judge(looks: Sequence[features.Extractor], model: experiment.Experimen
     """Raises UsageError unless the judge is one of the model's images and classes."""
     for look in looks:
         if look.judge is not None:
-            generator.check_same_images("--judge", look.judge, model)
+            request.check_same_images("--judge", look.judge, model)

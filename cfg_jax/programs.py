@@ -108,12 +108,13 @@ class Compiler:
             params = meshes.placed(params, meshes.state_shardings(mesh, params))
             size = generator.batch_size(model, mesh)
             rows = _over(meshes.batch_sharding(mesh), jax.ShapeDtypeStruct((size,), np.int32))
-            scalars = [
+            number, seed = (
                 _over(meshes.replicated(mesh), jax.ShapeDtypeStruct((), kind))
                 for kind in (np.float32, np.uint32)
-            ]
+            )
+            rule = jax.tree.map(lambda _: number, model.guidance())
             return self._lower(
-                generator.program(model, mesh), {"model": params}, rows, rows, *scalars
+                generator.program(model, mesh), {"model": params}, *3 * [rows], rule, seed
             )
 
         return self._report(lower, model)

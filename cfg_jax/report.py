@@ -71,9 +71,9 @@ def table(points: list[Point]) -> str:
 
 
 def evaluations(point: Point) -> str:
-    """Network evaluations an image: "256", or "256 + 256" where a classifier has a share."""
-    own, of_classifier = point["evaluations"], point["classifier_evaluations"]
-    return f"{own} + {of_classifier}" if of_classifier else f"{own}"
+    """Network evaluations an image: "256", or "256 + 256" where a second network has a share."""
+    others = (point.get(f"{role}_evaluations") for role in ("classifier", "weak"))
+    return " + ".join(str(n) for n in (point["evaluations"], *others) if n) or "0"
 
 
 def columns(labels: np.ndarray, num_classes: int) -> np.ndarray:
@@ -143,8 +143,8 @@ def page(sweep: Sweep, picture: bytes, grids: Mapping[str, list[np.ndarray]]) ->
     parts += [
         "<h2>Scores</h2>",
         f"<div class='scroll'>{_html_table(points, held_out and held_out['scores'])}</div>",
-        "<p class='soft'>Evaluations are those of the network an image; behind a plus, those of the"
-        " classifier with its gradient. Precision and recall use the"
+        "<p class='soft'>Evaluations are those of the network an image; behind a plus, those of a"
+        " classifier with its gradient, or of a weaker model. Precision and recall use the"
         f" {recipe['precision_recall']['k']} nearest neighbours. Images nearer to a reference image"
         " than these are to one another"
         f" ({recipe['reference'][0]['nn']:.3f}) would be copies of them.</p>",

@@ -1,10 +1,11 @@
 """The sampling job: images of a trained model for a list of w, the same seeds for each.
 
     python -m cfg_jax.sample --workdir=DIR --w=0,1,4 [--labels=0,3,7] [--per_label=8] [--seed=0]
-        [--classifier=DIR] [--config.sample.FIELD=VALUE ...] [--out=DIR]
+        [--classifier=DIR] [--weak=DIR] [--config.sample.FIELD=VALUE ...] [--out=DIR]
 
 Writes samples_w*.png, one row a label, and samples.npz. DIR is a training folder or an exported
-.safetensors file.
+.safetensors file. --labels=3+8,0+6 mixes the labels of a row; --config.sample.negative=LABEL moves
+away from a label; --weak=DIR is autoguidance.
 """
 
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 from absl import flags
 from etils import epath
 
-from cfg_jax import command, experiment, generator
+from cfg_jax import command, experiment, generator, request
 from cfg_jax.data import images
 from cfg_jax.runtime import logging as runlog
 from cfg_jax.runtime import mesh as meshes
@@ -42,6 +43,17 @@ def parse_numbers(flag: str, text: str, kind: type) -> list:
         ) from None
 
 
+def parse_rows(text: str) -> list[int] | list[list[int]]:
+    """[0, 3] from "0,3", [[0, 3], [1, 8]] from "0+3,1+8". Raises UsageError for anything else."""
+    rows = [parse_numbers("labels", row.replace("+", ","), int) for row in text.split(",")]
+    if len({len(row) for row in rows}) > 1:
+        raise UsageError(
+            f"--labels={text}: each row mixes as many labels as the others, such as "
+            "--labels=3+8,0+6; write 0+0 for one that is mixed with none."
+        )
+    return rows if len(rows[0]) > 1 else [label for (label,) in rows]
+
+
 def label_grid(out: np.ndarray, per_label: int) -> np.ndarray:
     """Images in the order of their labels as one picture, a row a label, enlarged where tiny."""
     return images.grid(out, per_label, scale=max(1, 48 // out.shape[1]))
@@ -54,13 +66,14 @@ def _define_flags() -> None:
     flags.DEFINE_string("workdir", None, "The folder of a trained model.", required=True)
     flags.DEFINE_string("w", "0,1,4", "Guidance strengths, as the paper's w (scale - 1).")
     flags.DEFINE_string(
-        "labels", None, "Labels, one row of the grid each; all (at most 10) if absent."
+        "labels", None, "Labels, a row of the grid each; 3+8 mixes. All (at most 10) if absent."
     )
     flags.DEFINE_integer("per_label", 8, "Images a label.", lower_bound=1)
     flags.DEFINE_integer(
         "seed", 0, "One seed for all: image i of each w starts from the same noise."
     )
     flags.DEFINE_string("classifier", None, "The folder of a noisy classifier that guides.")
+    flags.DEFINE_string("weak", None, "The folder of a weaker model, the reference to guide by.")
     flags.DEFINE_string("out", None, "Where the files go; the workdir if absent.")
     flags.DEFINE_bool("distributed", False, "Join the other processes of a cluster.")
 
@@ -71,16 +84,19 @@ def main(config: dict[str, Any]) -> None:
     meshes.initialize_distributed(FLAGS.distributed)
     meshes.split_cpu(config["sample"]["batch_size"])
     meshes.keep_compiled(FLAGS.workdir)
-    model, classifier = experiment.build(config), None
-    if FLAGS.classifier is not None:
-        classifier = experiment.build(generator.saved_config(FLAGS.classifier, "--classifier"))
+    model = experiment.build(config)
+    if FLAGS.classifier and FLAGS.weak:
+        raise UsageError("--classifier and --weak: one of them guides, not both.")
+    guide = generator.open_guide("--classifier", FLAGS.classifier) or generator.open_guide(
+        "--weak", FLAGS.weak
+    )
     if FLAGS.labels is None:
         rows = some_labels(model.dataset.num_classes)
     else:
-        rows = parse_numbers("labels", FLAGS.labels, int)
-    labels = np.repeat(rows, FLAGS.per_label)
-    generator.check_request(model, classifier, labels, w, FLAGS.seed)
-    sampled, step = generator.load(FLAGS.workdir, model, FLAGS.classifier, classifier)
+        rows = parse_rows(FLAGS.labels)
+    labels = np.repeat(rows, FLAGS.per_label, axis=0)
+    request.check(model, guide, labels, w, FLAGS.seed)
+    sampled, step = generator.load(FLAGS.workdir, model, FLAGS.classifier or FLAGS.weak, guide)
     home = epath.Path(FLAGS.workdir)
     out = epath.Path(FLAGS.out) if FLAGS.out else home.parent if home.is_file() else home
     first = jax.process_index() == 0
@@ -94,14 +110,23 @@ def main(config: dict[str, Any]) -> None:
     bar.close()
     if not first:
         return
-    for strength, images_of_w in zip(w, pictures, strict=True):
+    evaluations = [request.evaluations(model, guide, strength, labels) for strength in w]
+    for strength, images_of_w, count in zip(w, pictures, evaluations, strict=True):
         path = out / f"samples_w{strength:.10g}.png"
         images.save_png(path, label_grid(images_of_w, FLAGS.per_label))
-        print(f"{name_w(strength)}: {path}")
-    arrays = {"images": np.stack(pictures), "labels": labels, "w": np.asarray(w)}
+        print(f"{name_w(strength)}: {path}  ({count} network evaluations an image)")
+    arrays = {
+        "images": np.stack(pictures),
+        "labels": labels,
+        "w": np.asarray(w),
+        "evaluations": np.asarray(evaluations),
+    }
     with (out / "samples.npz").open("wb") as file:
         np.savez_compressed(file, **arrays, seed=FLAGS.seed, step=step)
-    print(f"all of them: {out / 'samples.npz'}  (images [w, N, H, W, C], labels, w, seed, step)")
+    print(
+        f"all of them: {out / 'samples.npz'}  (images [w, N, H, W, C], labels, w, evaluations [w, 3"
+        "] of the model, a classifier and a weaker model, seed, step)"
+    )
 
 
 def make_folder(path: epath.Path) -> None:

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from cfg_jax import features, generator, sample
+from cfg_jax import features, generator, request, sample
 from cfg_jax.runtime import logging as runlog
 from cfg_jax.runtime import mesh as meshes
 
@@ -70,14 +70,8 @@ class Point:
         return f"{self.rule} {sample.name_w(self.w)}"
 
     @property
-    def passes(self) -> tuple[int, int]:
-        """Network evaluations an image: of the model, and of a classifier with its gradient."""
-        model = self.sampled.model
-        rule = model.guidance()
-        first, second = rule.passes(self.w)
-        if rule.second == "classifier":
-            return model.sample.steps * first, model.sample.steps * second
-        return model.sample.steps * (first + second), 0
+    def evaluations(self) -> request.Evaluations:
+        return request.evaluations(self.sampled.model, self.sampled.guide, self.w)
 
     def look(
         self,
@@ -155,7 +149,7 @@ class Point:
         recipe = {
             "networks": [
                 {key: network.config[key] for key in ("model", "schedule", "reading")}
-                for network in (self.sampled.model, self.sampled.classifier)
+                for network in (self.sampled.model, self.sampled.guide)
                 if network is not None
             ],
             "params": self.fingerprints,

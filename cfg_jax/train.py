@@ -21,7 +21,7 @@ from absl import flags
 from etils import epath
 from jax.sharding import Mesh
 
-from cfg_jax import command, experiment, generator, probes, sample, train_step, watch
+from cfg_jax import command, experiment, generator, probes, request, sample, train_step, watch
 from cfg_jax.data import batches as batching
 from cfg_jax.data import images
 from cfg_jax.models import weights
@@ -183,7 +183,7 @@ def train(
     plan = model.train
     shows = plan.sample_every > 0 and not model.is_classifier
     if shows:
-        generator.check_guidance(model, None, plan.sample_w)
+        request.check_guidance(model, None, plan.sample_w)
     mesh = meshes.make_mesh(plan.fsdp)
     meshes.check_batch(mesh, plan.batch_size, plan.accumulate)
     tracer = profiles.Profile(profile, epath.Path(workdir) / "profile")

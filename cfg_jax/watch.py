@@ -13,7 +13,17 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from cfg_jax import experiment, features, generator, panel, reference, schema, scores, sweep
+from cfg_jax import (
+    experiment,
+    features,
+    generator,
+    panel,
+    reference,
+    request,
+    schema,
+    scores,
+    sweep,
+)
 from cfg_jax.models import weights
 from cfg_jax.runtime import logging as runlog
 from cfg_jax.runtime import mesh as meshes
@@ -34,7 +44,7 @@ class Watch:
     def __init__(self, model: experiment.Experiment, mesh: Mesh, workdir: str):
         self._plan, self._model, self._mesh = model.evaluate, model, mesh
         self._file = epath.Path(workdir) / BEST
-        generator.check_guidance(model, None, self._plan.w)
+        request.check_guidance(model, None, self._plan.w)
         looks = panel.extractors([self._plan.features], mesh, self._plan.judge)
         panel.check_judge(looks, model)
         if self._plan.reference:

@@ -15,6 +15,8 @@ close; for mixtures the equation is run by stochastic Heun, of weak order 2, as 
 additive.
 """
 
+import itertools
+
 import jax.numpy as jnp
 import numpy as np
 from scipy.integrate import solve_ivp
@@ -39,16 +41,18 @@ def gaussian_x(lam, m, s):
     return on_z, m - on_z * alpha(lam) * m
 
 
-def guided_moments(conditional, unconditional, w, low=-20.0, high=20.0):
+def guided_moments(conditional, unconditional, w, low=-20.0, high=20.0, breaks=()):
     """Mean and standard deviation of the guided image in the limit of many steps.
 
-    conditional and unconditional are the pairs (mean, std) of the two Gaussians.
+    conditional and unconditional are the pairs (mean, std) of the two Gaussians; w is a number, or
+    a function of lambda, smooth but for jumps at `breaks`.
     """
 
     def guided_x(lam):
+        s = w(lam) if callable(w) else w
         on_z, rest = gaussian_x(lam, *conditional)
         on_z_without, rest_without = gaussian_x(lam, *unconditional)
-        return (1 + w) * on_z - w * on_z_without, (1 + w) * rest - w * rest_without
+        return (1 + s) * on_z - s * on_z_without, (1 + s) * rest - s * rest_without
 
     def move(lam, moments):
         mean, variance = moments
@@ -56,7 +60,9 @@ def guided_moments(conditional, unconditional, w, low=-20.0, high=20.0):
         slope = drift(1.0, on_z, lam)
         return [slope * mean + alpha(lam) * rest, 2 * slope * variance + sigma(lam) ** 2]
 
-    end = solve_ivp(move, (low, high), [0.0, 1.0], "DOP853", rtol=1e-11, atol=1e-13).y[:, -1]
+    end, places = [0.0, 1.0], [low, *breaks, high]
+    for piece in itertools.pairwise(places):
+        end = solve_ivp(move, piece, end, "DOP853", rtol=1e-11, atol=1e-13).y[:, -1]
     on_z, rest = guided_x(high)
     return on_z * end[0] + rest, abs(on_z) * np.sqrt(end[1])
 

@@ -15,6 +15,7 @@ FLOORS = (
     {*ROOMS, "schema", "probes", "hlo", "chips"},
     {"train_step", "traffic"},
     {"experiment"},
+    {"request"},
     {"generator", "command", "scores"},
     {"features", "paper"},
     {"reference"},

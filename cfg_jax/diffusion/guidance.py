@@ -1,10 +1,19 @@
 """Guidance: denoisers -> a denoiser. The paper's rule, eq. (6), and the rule that it does without.
 
 A rule never meets a label, a network or a sampler: conditions are bound in the denoisers it is
-given. Its strength w is a leaf of a pytree, so that one compiled program serves every w.
+given. So a label to move away from, a mixture of labels (`denoiser.mixed`), and a weaker model
+(autoguidance: Karras et al., 2024) are no rules of their own but other arguments of any rule here.
+A rule's numbers, w above all, are leaves of a pytree: one compiled program serves every value.
 
-Every rule also tells the jobs what its `second` argument is (None: it is not called), and how many
-`passes` through its first and its second a step takes at a strength w.
+Rules compose: one around a `rule` gives it its own arguments and changes what it says or when it is
+asked. Every rule also tells the jobs
+
+- `second`, what its second argument is: "reference", a denoiser in place of the unconditional one;
+  "classifier", a LogProb; or None, it is not called;
+- `keeps_pair`, whether what it says satisfies z = alpha x + sigma eps, as its arguments do;
+- `w`, its strength;
+- passes(lams) -> how often a chain that asks it at each of lams [T] runs its first argument, and
+  its second, where w is one number.
 """
 
 import dataclasses
@@ -14,7 +23,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from cfg_jax.diffusion import logsnr
+from cfg_jax.diffusion import corrections, directions, logsnr, strengths
 from cfg_jax.types import Array, Denoiser, LogProb, Noise, Prediction, UsageError
 
 
@@ -41,12 +50,12 @@ class ClassifierFree:
     they need.
     """
 
-    second: ClassVar[str | None] = "unconditional"
+    second: ClassVar[str | None] = "reference"
+    keeps_pair: ClassVar[bool] = True
     w: float | Array = 0.0
 
-    @staticmethod
-    def passes(w: float) -> tuple[int, int]:
-        return int(w != -1), int(w != 0)
+    def passes(self, lams: Array) -> tuple[int, int]:
+        return directions.runs(self.w, -1, lams), directions.runs(self.w, 0, lams)
 
     def __call__(self, conditional: Denoiser, unconditional: Denoiser, /) -> Denoiser:
         w = jnp.asarray(self.w)
@@ -85,11 +94,12 @@ class ClassifierGuidance:
     """
 
     second: ClassVar[str | None] = "classifier"
+    keeps_pair: ClassVar[bool] = True
     w: float | Array = 0.0
 
-    @staticmethod
-    def passes(w: float) -> tuple[int, int]:
-        return 1, int(w != 0)  # the second is a pass and its gradient by z
+    def passes(self, lams: Array) -> tuple[int, int]:
+        # The second is a pass and its gradient by z.
+        return len(lams), directions.runs(self.w, 0, lams)
 
     def __call__(self, denoiser: Denoiser, log_prob: LogProb, /) -> Denoiser:
         w = jnp.asarray(self.w)
@@ -122,12 +132,11 @@ class ScaledScore:
     """
 
     second: ClassVar[str | None] = None
+    keeps_pair: ClassVar[bool] = True
     w: float | Array = 0.0
 
-    @staticmethod
-    def passes(w: float) -> tuple[int, int]:
-        del w
-        return 1, 0
+    def passes(self, lams: Array) -> tuple[int, int]:
+        return len(lams), 0
 
     def __call__(self, denoiser: Denoiser, unused: Denoiser | None = None, /) -> Denoiser:
         del unused
@@ -146,18 +155,22 @@ class ScaledNoise:
     """A baseline of no merit: the reverse chain's noise at a lower temperature, 1 / (1 + w) of it.
 
     The denoiser stays the conditional one; `draws` makes the noise of every step but the start
-    smaller. Samples get blurred (Dhariwal & Nichol, 2021, appendix G). w = -1 has no such noise:
-    use w > -1.
+    smaller. Samples get blurred (Dhariwal & Nichol, 2021, appendix G). Raises UsageError for w <=
+    -1, where there is no such noise.
     """
 
     second: ClassVar[str | None] = None
+    keeps_pair: ClassVar[bool] = True
     w: float | Array = 0.0
 
-    @staticmethod
-    def passes(w: float) -> tuple[int, int]:
-        if w <= -1:
-            raise UsageError(f"w={w:g}: scaled_noise divides the noise by 1 + w; give w above -1.")
-        return 1, 0
+    def __post_init__(self):
+        if isinstance(self.w, int | float) and not self.w > -1:
+            raise UsageError(
+                f"w={self.w:g}: scaled_noise divides the noise by 1 + w; give w above -1."
+            )
+
+    def passes(self, lams: Array) -> tuple[int, int]:
+        return len(lams), 0
 
     def __call__(self, denoiser: Denoiser, unused: Denoiser | None = None, /) -> Denoiser:
         del unused
@@ -178,6 +191,15 @@ class ScaledNoise:
 GUIDANCE = {
     "classifier_free": ClassifierFree,
     "classifier": ClassifierGuidance,
+    "apg": directions.AdaptiveProjected,
+    "cfg_zero_star": directions.ZeroStar,
+    "cfg_plus_plus": directions.PlusPlus,
+    "interval": strengths.Interval,
+    "linear": strengths.linear,
+    "cosine": strengths.cosine,
+    "power_cosine": strengths.power_cosine,
+    "rescale": corrections.Rescale,
+    "dynamic_threshold": corrections.DynamicThreshold,
     "scaled_score": ScaledScore,
     "scaled_noise": ScaledNoise,
 }

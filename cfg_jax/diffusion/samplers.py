@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +37,7 @@ class Ancestral:
     image. Raises UsageError unless 0 <= v <= 1.
     """
 
+    needs_pair: ClassVar[bool] = True  # it makes the noise of x and z, and reads no eps
     v: float | Array = 0.3
 
     def __post_init__(self):
@@ -44,6 +46,10 @@ class Ancestral:
                 f"sampler.v={self.v}: the variance exponent lies in [0, 1]; the paper has 0.3 at "
                 "64x64 and 0.2 at 128x128."
             )
+
+    def levels(self, lams: Array) -> Array:
+        """The levels at which it asks its denoiser: what guidance costs is counted over them."""
+        return lams
 
     def __call__(self, denoiser: Denoiser, noise: Noise, lams: Array) -> Path:
         T = lams.shape[0]

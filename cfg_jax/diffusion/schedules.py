@@ -47,6 +47,16 @@ class Cosine:
         lam = jnp.where(low < high, -2 * jnp.log(jnp.tan(low)), 2 * jnp.log(jnp.tan(high)))
         return jnp.clip(lam, self.lambda_min, self.lambda_max)
 
+    def u(self, lam: Array) -> Array:
+        """The way back: u in [0, 1] of lam, of any shape; a level outside is the nearest end."""
+        b = math.atan(math.exp(-0.5 * self.lambda_max))
+        c = math.atan(math.exp(0.5 * self.lambda_min))
+        a = 0.5 * math.pi - b - c
+        lam = jnp.asarray(lam)
+        # From the nearer end, as above.
+        low, high = jnp.arctan(jnp.exp(-0.5 * lam)), jnp.arctan(jnp.exp(0.5 * lam))
+        return jnp.clip(jnp.where(low < high, (low - b) / a, 1 - (high - c) / a), 0, 1)
+
 
 @dataclasses.dataclass(frozen=True)
 class Uniform:
@@ -64,6 +74,11 @@ class Uniform:
 
     def __call__(self, u: Array) -> Array:
         return self.lambda_max + jnp.asarray(u) * (self.lambda_min - self.lambda_max)
+
+    def u(self, lam: Array) -> Array:
+        """The way back: u in [0, 1] of lam, of any shape; a level outside is the nearest end."""
+        u = (self.lambda_max - jnp.asarray(lam)) / (self.lambda_max - self.lambda_min)
+        return jnp.clip(u, 0, 1)
 
 
 def uniform_u(schedule: Schedule, steps: int) -> Array:

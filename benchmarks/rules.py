@@ -1,0 +1,155 @@
+"""Every guidance rule on one trained model: strips of images at equal seeds, and the frontier.
+
+    python -m benchmarks.rules --workdir=runs/digits --judge=runs/digits_judge [--weak=DIR]
+        [--num_samples=1000] [--steps=32] [--sampler=NAME] [--grid=NAME] [--out=docs/guidance]
+
+Writes RULE.png, a row for each w and a column a class, frontier.png, the Frechet distance against
+the inception score of every rule over w, and rules.json with the numbers and what each point cost.
+Image i starts from the same noise at every point. Autoguidance is left out without --weak, CFG++
+where no sampler takes it; both are said.
+"""
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib import figure as figures
+
+from cfg_jax import evaluate, experiment, features, generator, request, sample, scores, sweep
+from cfg_jax.data import images
+from cfg_jax.diffusion import corrections, directions, guidance, samplers, strengths
+from cfg_jax.metrics import frechet, inception_score
+from cfg_jax.runtime import mesh as meshes
+
+FREE = guidance.ClassifierFree
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A rule, w -> Guidance, over some w, and what its reference is."""
+
+    make: Callable
+    w: Sequence[float] = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
+    negative: Sequence[int] = ()
+    weak: bool = False
+
+
+VARIANTS = {
+    "classifier_free": Variant(FREE),
+    "interval": Variant(lambda w: strengths.Interval(FREE(w))),
+    "linear": Variant(lambda w: strengths.linear(FREE(w))),
+    "cosine": Variant(lambda w: strengths.cosine(FREE(w))),
+    "power_cosine": Variant(lambda w: strengths.power_cosine(FREE(w))),
+    "rescale": Variant(lambda w: corrections.Rescale(FREE(w))),
+    "dynamic_threshold": Variant(lambda w: corrections.DynamicThreshold(FREE(w))),
+    "apg": Variant(directions.AdaptiveProjected),
+    "cfg_zero_star": Variant(directions.ZeroStar),
+    "cfg_plus_plus": Variant(directions.PlusPlus, w=(-1.0, -0.9, -0.8, -0.6, -0.3, 0.0)),
+    "autoguidance": Variant(FREE, weak=True),
+    "away_from_the_mean": Variant(FREE, negative=range(10)),
+}
+
+
+def generators(options: argparse.Namespace) -> dict[str, generator.Generator]:
+    """The generator of every variant that can be run; says which cannot."""
+    config = generator.saved_config(options.workdir)
+    config["sample"] |= {"steps": options.steps, "grid": options.grid}
+    config["sample"] |= {"sampler": {"name": options.sampler}, "guidance": {}}
+    meshes.split_cpu(config["sample"]["batch_size"])
+    model = experiment.build(config)
+    plain, _ = generator.load(options.workdir, model)
+    weak = generator.open_guide("--weak", options.weak)
+    taking = [name for name, entry in samplers.SAMPLERS.items() if not entry.needs_pair]
+    out = {}
+    for name, variant in VARIANTS.items():
+        one = plain
+        if variant.weak and weak is None:
+            print(f"{name} is left out: it needs --weak=DIR")
+            continue
+        if variant.weak:
+            one, _ = generator.load(options.workdir, model, options.weak, weak)
+        if not variant.make(0.0).keeps_pair and model.sampler.needs_pair:
+            if not taking:
+                print(f"{name} is left out: no sampler here uses the eps that it is told")
+                continue
+            config["sample"]["sampler"] = {"name": taking[0]}
+            one = generator.Generator(experiment.build(config), plain.params)
+        out[name] = one.guided(variant.make, variant.negative)
+    return out
+
+
+def point(made: np.ndarray, look: features.Extractor, reference: scores.Reference) -> dict:
+    """The Frechet distance and the inception score of images."""
+    seen, logits = look(made)
+    return {
+        "fd": frechet.distance(frechet.moments(seen), reference.moments),
+        "is": inception_score.inception_score(logits).mean,
+    }
+
+
+def frontier(points: Sequence[dict], title: str) -> figures.Figure:
+    """Frechet distance against inception score, a line a rule; the numbers are w."""
+    figure = figures.Figure(figsize=(9, 6.5), layout="constrained")
+    axes = figure.subplots()
+    for i, name in enumerate(dict.fromkeys(p["rule"] for p in points)):
+        own = [p for p in points if p["rule"] == name]
+        x, y = ([p[key] for p in own] for key in ("is", "fd"))
+        axes.plot(x, y, marker="osD^vPX"[i % 7], color=f"C{i % 10}", label=name, markersize=4)
+        for p in own:
+            at, text = (p["is"], p["fd"]), f"{p['w']:g}"
+            axes.annotate(text, at, xytext=(3, 3), textcoords="offset points", size=6)
+    axes.set(xlabel="inception score (judge)", ylabel="Fréchet distance (judge)", yscale="log")
+    axes.set_title(title, loc="left", fontsize=10)
+    axes.legend(frameon=False, fontsize=8)
+    axes.grid(alpha=0.25, linewidth=0.5)
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.rules")
+    parser.add_argument("--workdir", required=True)
+    parser.add_argument("--judge", required=True)
+    parser.add_argument("--weak")
+    parser.add_argument("--num_samples", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=32)
+    parser.add_argument("--sampler", default="ancestral")
+    parser.add_argument("--grid", default="uniform_lambda")
+    parser.add_argument("--rules", help="some of them: NAME,NAME")
+    parser.add_argument("--out", default="docs/guidance", type=Path)
+    options = parser.parse_args()
+    asked = options.rules.split(",") if options.rules else list(VARIANTS)
+
+    made_by = {name: one for name, one in generators(options).items() if name in asked}
+    model = next(iter(made_by.values())).model
+    look = features.FEATURES["judge"](model, meshes.make_mesh(), options.judge)
+    real = model.dataset.load(model.dataset.split)
+    reference = scores.Reference.of(evaluate.look_through(look, real)[0])
+    labels = sweep.labels_of(options.num_samples, model.dataset.num_classes)
+    shown = [int(np.flatnonzero(labels == c)[0]) for c in sample.some_labels(labels.max() + 1)]
+    options.out.mkdir(parents=True, exist_ok=True)
+    points = []
+    for name, one in made_by.items():
+        rows = []
+        for w in VARIANTS[name].w:
+            made = one(labels, w)
+            rows.append(made[shown])
+            count = request.evaluations(one.model, one.guide, w)
+            p = {"rule": name, "w": w, **point(made, look, reference)}
+            p |= {"evaluations": count._asdict(), "sampler": type(one.model.sampler).__name__}
+            points.append(p)
+            print(f"{name:20} w={w:<4g} fd {p['fd']:8.2f}  is {p['is']:.3f}  {count}", flush=True)
+        picture = images.grid(np.concatenate(rows), len(shown), scale=4)
+        images.save_png(options.out / f"{name}.png", picture)
+    title = f"{model.dataset.name}, {options.num_samples} images a point, {options.steps} levels"
+    frontier(points, f"{title}; the numbers are w").savefig(options.out / "frontier.png", dpi=110)
+    recipe = {key: str(value) for key, value in vars(options).items()}
+    text = json.dumps({"recipe": recipe, "points": points}, indent=1)
+    (options.out / "rules.json").write_text(text + "\n")
+    print(f"all of them: {options.out}")
+
+
+if __name__ == "__main__":
+    main()
