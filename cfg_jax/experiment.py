@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import optax
 
 from cfg_jax import schema, train_step
@@ -66,7 +67,7 @@ class Sample:
 
     guidance: dict[str, Any] = dataclasses.field(default_factory=dict)
     sampler: dict[str, Any] = dataclasses.field(default_factory=dict)
-    grid: str = "uniform_u"
+    grid: dict[str, Any] = dataclasses.field(default_factory=dict)
     steps: int = 256  # T, noise levels
     clip: bool = True  # x to [-1, 1], after mixing
     batch_size: int = 128  # images at a time, over all devices
@@ -75,7 +76,6 @@ class Sample:
         for name in ("steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise UsageError(f"sample.{name}={getattr(self, name)}: must be at least 1.")
-        schema.entry("sample.grid", schedules.GRIDS, self.grid)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +113,7 @@ SCHEMA = schema.Schema(
         "optimizer": train_step.OPTIMIZERS,
         "sample.guidance": guidance.GUIDANCE,
         "sample.sampler": samplers.SAMPLERS,
+        "sample.grid": schedules.GRIDS,
     },
     sections={"ema": train_step.Ema, "train": Train, "sample": Sample},
     scalars={"reading": "eps"},
@@ -122,12 +123,15 @@ SCHEMA = schema.Schema(
         "optimizer": "adam",
         "sample.guidance": "classifier_free",
         "sample.sampler": "ancestral",
+        # The paper's. With few levels its steps are long at the ends: see docs/samplers.md.
+        "sample.grid": "uniform_u",
     },
     bound={
         # What the data set, and the loss, decide.
         "model": {"rngs", "image_size", "in_channels", "out_channels", "num_classes", "null_row"},
         # What the jobs' flag --w gives.
         "sample.guidance": {"w"},
+        "sample.grid": {"schedule", "steps"},
     },
 )
 
@@ -222,6 +226,10 @@ def build(config: Mapping[str, Any]) -> Experiment:
         return bound_loss(params, frozen, {**batch, "image": images.to_float(batch["image"])}, key)
 
     sample = Sample(**config["sample"])
+    lams = functools.partial(
+        schedules.GRIDS[sample.grid["name"]], schedule, sample.steps, **_options(sample.grid)
+    )
+    jax.eval_shape(lams)  # raises what is wrong with the grid, and computes nothing
     rule = guidance.GUIDANCE[sample.guidance["name"]]
     return Experiment(
         config=config,
@@ -241,5 +249,5 @@ def build(config: Mapping[str, Any]) -> Experiment:
         sample=sample,
         guidance=functools.partial(rule, **_options(sample.guidance)),
         sampler=samplers.SAMPLERS[sample.sampler["name"]](**_options(sample.sampler)),
-        lams=functools.partial(schedules.GRIDS[sample.grid], schedule, sample.steps),
+        lams=lams,
     )
