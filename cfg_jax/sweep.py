@@ -53,9 +53,10 @@ class Point:
         model = self.sampled.model
         rule = model.guidance()
         first, second = rule.passes(self.w)
+        levels = len(model.sampler.levels(model.lams()))
         if rule.second == "classifier":
-            return model.sample.steps * first, model.sample.steps * second
-        return model.sample.steps * (first + second), 0
+            return levels * first, levels * second
+        return levels * (first + second), 0
 
     def images(self, count: int, progress: Callable[[int], Any]) -> np.ndarray:
         """Images 0 to count - 1, uint8 [N, H, W, C]: read where they are, made where they are not.
