@@ -93,12 +93,18 @@ def leave(status: int) -> None:
 
 
 def _take_config(argv: list[str]) -> tuple[list[str], dict[str, str]]:
-    """argv without --config, and the flags typed; `--flag value` becomes `--flag=value`."""
+    """argv without --config, and the flags typed; `--flag value` becomes `--flag=value`.
+
+    The name of an entry alone stands for its section, here as in a config.
+    """
     out, typed = argv[:1], {}
     rest = iter(argv[1:])
     for arg in rest:
         if re.fullmatch(r"--?(config(\.[\w.]+)?|workdir)", arg):
             arg = f"{arg}={next(rest, '')}"
+        match = re.fullmatch(r"(--?config\.([\w.]+))=(.*)", arg, re.DOTALL)
+        if match and match[2] in experiment.SCHEMA.tables:
+            arg = f"{match[1]}.name={match[3]}"
         if match := re.fullmatch(r"--?(\w+)=(.*)", arg, re.DOTALL):
             typed[match[1]] = match[2]
             if match[1] == "config":
@@ -122,7 +128,8 @@ def _rename(config: dict, argv: list[str]) -> dict:
         section = config
         for parent in parents[:-1]:
             section = section.setdefault(parent, {})
-        if section.get(parents[-1], {}).get("name") != value:
+        given = section.get(parents[-1], {})
+        if (given if isinstance(given, str) else given.get("name")) != value:
             section[parents[-1]] = {"name": value}
     return config
 

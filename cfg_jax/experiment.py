@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import optax
 
 from cfg_jax import schema, train_step
@@ -68,7 +69,7 @@ class Sample:
     sampler: dict[str, Any] = dataclasses.field(default_factory=dict)
     # Labels to move away from in place of the null one; several are mixed, a pass of each.
     negative: tuple[int, ...] = ()
-    grid: str = "uniform_u"
+    grid: dict[str, Any] = dataclasses.field(default_factory=dict)
     steps: int = 256  # T, noise levels
     clip: bool = True  # x to [-1, 1], after mixing
     batch_size: int = 128  # images at a time, over all devices
@@ -77,7 +78,6 @@ class Sample:
         for name in ("steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise UsageError(f"sample.{name}={getattr(self, name)}: must be at least 1.")
-        schema.entry("sample.grid", schedules.GRIDS, self.grid)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +144,7 @@ SCHEMA = schema.Schema(
         "optimizer": train_step.OPTIMIZERS,
         **dict.fromkeys(RULES, guidance.GUIDANCE),
         "sample.sampler": samplers.SAMPLERS,
+        "sample.grid": schedules.GRIDS,
     },
     sections={"ema": train_step.Ema, "train": Train, "evaluate": Evaluate, "sample": Sample},
     scalars={"reading": "eps"},
@@ -153,12 +154,15 @@ SCHEMA = schema.Schema(
         "optimizer": "adam",
         **dict.fromkeys(RULES, "classifier_free"),
         "sample.sampler": "ancestral",
+        # The paper's. With few levels its steps are long at the ends: see docs/samplers.md.
+        "sample.grid": "uniform_u",
     },
     bound={
         # What the data set, and the loss, decide.
         "model": {"rngs", "image_size", "in_channels", "out_channels", "num_classes", "null_row"},
         # What the jobs' flag --w gives.
         **{path: {"w"} for path in RULES},
+        "sample.grid": {"schedule", "steps"},
     },
 )
 
@@ -281,6 +285,10 @@ def build(config: Mapping[str, Any]) -> Experiment:
         raise UsageError(f"sample.negative={outside}: the classes are 0 to {classes - 1}.")
     sampler = samplers.SAMPLERS[sample.sampler["name"]](**_options(sample.sampler))
     check_pair(rule(sample.guidance), sampler)
+    lams = functools.partial(
+        schedules.GRIDS[sample.grid["name"]], schedule, sample.steps, **_options(sample.grid)
+    )
+    jax.eval_shape(lams)  # raises what is wrong with the grid, and computes nothing
     return Experiment(
         config=config,
         dataset=dataset,
@@ -300,5 +308,5 @@ def build(config: Mapping[str, Any]) -> Experiment:
         sample=sample,
         guidance=functools.partial(rule, sample.guidance),
         sampler=sampler,
-        lams=functools.partial(schedules.GRIDS[sample.grid], schedule, sample.steps),
+        lams=lams,
     )

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from cfg_jax import experiment, features, reference, schema, scores
+from cfg_jax import experiment, features, reference, request, schema, scores
 from cfg_jax.runtime import logging as runlog
 from cfg_jax.types import UsageError
 

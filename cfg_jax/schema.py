@@ -1,8 +1,8 @@
 """Signatures as the schema of configs: what fields there are, their defaults, their types.
 
 A config is a nested dict. A section with a `name` is an entry of a table, and its other fields are
-that entry's keyword arguments; a section without one is a dataclass. Nothing here knows what they
-mean.
+that entry's keyword arguments; the name alone stands for a section of nothing else. A section
+without one is a dataclass. Nothing here knows what they mean.
 """
 
 import dataclasses
@@ -70,6 +70,8 @@ class Schema:
         return out
 
     def _section(self, path: str, given: Any, missing_ok: bool) -> dict[str, Any]:
+        if isinstance(given, str) and path in self.tables:
+            given = {"name": given}
         if not isinstance(given, Mapping):
             raise UsageError(f"config.{path}={given!r} must be a section, with fields of its own.")
         fields = dict(given)

@@ -8,7 +8,7 @@ Salimans (2022), "the paper" in all that follows: high is clean, low is noise.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
 
@@ -88,6 +88,15 @@ class Path(NamedTuple):
 
 
 class Sampler(Protocol):
-    """(denoiser, noise, lams [T] increasing) -> Path. It owns its loop."""
+    """(denoiser, noise, lams [T] increasing) -> Path. It owns its loop.
+
+    `levels(lams)` [N] are the levels at which it calls the denoiser, in order: N evaluations are
+    what a chain costs. `needs_pair`: whether it reads x alone, on the faith that z = alpha x +
+    sigma eps.
+    """
+
+    needs_pair: ClassVar[bool]
+
+    def levels(self, lams: Array) -> Array: ...
 
     def __call__(self, denoiser: Denoiser, noise: Noise, lams: Array) -> Path: ...

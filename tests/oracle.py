@@ -30,9 +30,25 @@ def sigma(lam):
     return np.sqrt(1 / (1 + np.exp(np.asarray(lam, np.float64))))
 
 
-def drift(z, x, lam):
+# The targets of DESIGN's "Tests that mean something", 1 (b): two Gaussians of unequal spreads, as
+# (mean, std) ...
+CONDITIONAL, UNCONDITIONAL = (0.5, 0.35), (-0.2, 0.7)
+# ... and (c), a mixture, as in the paper's figure 2: a class is an isotropic Gaussian in the plane.
+# Here the classes overlap, and differ in weight and spread.
+MEANS = np.array([[0.7, 0.1], [-0.3, 0.5], [-0.2, -0.4]])
+STDS = np.array([0.35, 0.22, 0.45])
+WEIGHTS = np.array([0.5, 0.3, 0.2])
+
+
+def likely_class(x):
+    """The class that the exact classifier of clean points reads in x [B, 2], of (c)."""
+    square = np.sum((x[:, None, :] - MEANS) ** 2, axis=-1)
+    return np.argmax(np.log(WEIGHTS) - 2 * np.log(STDS) - 0.5 * square / STDS**2, axis=-1)
+
+
+def drift(z, x, lam, share=1.0):
     """The reverse equation's drift per unit of lambda, given the clean estimate x of z."""
-    return (0.5 * sigma(lam) ** 2 - 1) * z + alpha(lam) * x
+    return -0.5 * (alpha(lam) ** 2 + share) * z + 0.5 * (1 + share) * alpha(lam) * x
 
 
 def gaussian_x(lam, m, s):
@@ -41,7 +57,7 @@ def gaussian_x(lam, m, s):
     return on_z, m - on_z * alpha(lam) * m
 
 
-def guided_moments(conditional, unconditional, w, low=-20.0, high=20.0, breaks=()):
+def guided_moments(conditional, unconditional, w, low=-20.0, high=20.0, *, breaks=(), share=1.0):
     """Mean and standard deviation of the guided image in the limit of many steps.
 
     conditional and unconditional are the pairs (mean, std) of the two Gaussians; w is a number, or
@@ -57,8 +73,8 @@ def guided_moments(conditional, unconditional, w, low=-20.0, high=20.0, breaks=(
     def move(lam, moments):
         mean, variance = moments
         on_z, rest = guided_x(lam)
-        slope = drift(1.0, on_z, lam)
-        return [slope * mean + alpha(lam) * rest, 2 * slope * variance + sigma(lam) ** 2]
+        slope, push = drift(1.0, on_z, lam, share), drift(0.0, rest, lam, share)
+        return [slope * mean + push, 2 * slope * variance + share * sigma(lam) ** 2]
 
     end, places = [0.0, 1.0], [low, *breaks, high]
     for piece in itertools.pairwise(places):
@@ -100,15 +116,28 @@ def mixture_x(z, lam, means, stds, weights):
     )
 
 
-def heun(x_of, start, normals, lams):
+def heun(x_of, start, normals, lams, share=1.0):
     """The reverse equation by stochastic Heun on lams [N + 1]: start [B, D], normals [N, B, D]."""
     z = start
     for lam, after, normal in zip(lams[:-1], lams[1:], normals, strict=True):
         h = after - lam
-        kick = sigma(lam + 0.5 * h) * np.sqrt(h) * normal
-        first = drift(z, x_of(z, lam), lam)
+        kick = sigma(lam + 0.5 * h) * np.sqrt(share * h) * normal
+        first = drift(z, x_of(z, lam), lam, share)
         guess = z + h * first + kick
-        z = z + 0.5 * h * (first + drift(guess, x_of(guess, after), after)) + kick
+        z = z + 0.5 * h * (first + drift(guess, x_of(guess, after), after, share)) + kick
+    return x_of(z, lams[-1])
+
+
+def flow(x_of, start, lams):
+    """The probability flow by Runge and Kutta's fourth-order rule on lams: start [B, D]."""
+    move = lambda z, lam: drift(z, x_of(z, lam), lam, 0.0)  # noqa: E731
+    z = start
+    for lam, after in itertools.pairwise(lams):
+        h = after - lam
+        first = move(z, lam)
+        second = move(z + 0.5 * h * first, lam + 0.5 * h)
+        third = move(z + 0.5 * h * second, lam + 0.5 * h)
+        z = z + h / 6 * (first + 2 * second + 2 * third + move(z + h * third, after))
     return x_of(z, lams[-1])
 
 

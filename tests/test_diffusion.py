@@ -18,10 +18,12 @@ from cfg_jax.diffusion import (
     corrections,
     denoiser,
     directions,
+    edm,
     guidance,
     logsnr,
     losses,
     mixture,
+    multistep,
     samplers,
     schedules,
     strengths,
@@ -250,9 +252,34 @@ def test_the_grid_uniform_in_lambda_is_so():
     assert (lams[0], lams[-1]) == (-20, 20)
 
 
-@pytest.mark.parametrize("name", schedules.GRIDS)
-def test_a_grid_of_one_step_is_the_noisiest_level(name):
-    np.testing.assert_array_equal(schedules.GRIDS[name](schedules.Cosine(), 1), [-20.0])
+def test_the_edm_grid_is_eq_5_of_karras():
+    """Its sigmas, level by level, for their 18; e^(-lam / 2) is what they call sigma."""
+    i = np.arange(18)
+    sigmas = (80 ** (1 / 7) + i / 17 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
+    lams = schedules.edm(schedules.Cosine(), 18)
+    np.testing.assert_allclose(np.exp(-0.5 * np.float64(lams)), sigmas, rtol=2e-5)
+    assert np.all(np.diff(lams) > 0)
+
+
+@pytest.mark.parametrize(
+    "name, options, level",
+    [
+        ("uniform_u", {}, -20),
+        ("uniform_lambda", {}, -20),
+        ("edm", {"sigma_max": np.exp(4.5)}, -9),
+        ("explicit", {"lams": (3.0,)}, 3),
+    ],
+)
+def test_a_grid_of_one_step_is_the_noisiest_level(name, options, level):
+    grid = schedules.GRIDS[name](schedules.Cosine(), 1, **options)
+    np.testing.assert_allclose(grid, [level], rtol=1e-6)
+
+
+def test_explicit_levels_are_taken_as_they_are():
+    lams = (-7.0, 0.1, 4.0)
+    np.testing.assert_array_equal(
+        schedules.explicit(schedules.Cosine(), 3, lams=lams), np.float32(lams)
+    )
 
 
 def test_the_sinusoid_of_the_cosine_schedule_is_told_1000_u():
@@ -559,6 +586,17 @@ def test_scaled_noise_leaves_the_start_and_divides_the_rest():
         (lambda: schedules.Uniform(3, 2), "lambda_min=3"),
         (lambda: schedules.uniform_u(schedules.Cosine(), 0), "steps=0"),
         (lambda: schedules.uniform_lambda(schedules.Cosine(), -3), "steps=-3"),
+        (lambda: schedules.edm(schedules.Cosine(), 0), "steps=0"),
+        (lambda: schedules.edm(schedules.Cosine(), 4, sigma_min=0.0), "sigma_min=0.0"),
+        (lambda: schedules.edm(schedules.Cosine(), 4, sigma_max=0.001), "sigma_max=0.001"),
+        (lambda: schedules.edm(schedules.Cosine(), 4, rho=-1.0), "rho=-1.0"),
+        (lambda: schedules.explicit(None, 3, lams=(0.0, 1.0)), "2 levels with steps=3"),
+        (lambda: schedules.explicit(None, 2, lams=(1.0, 1.0)), "increase"),
+        (lambda: schedules.explicit(None, 2, lams=(0.0, math.inf)), "finite"),
+        (lambda: samplers.DDIM(1.5), "eta=1.5"),
+        (lambda: multistep.DPMSolver2M(-0.5), "eta=-0.5"),
+        (lambda: edm.Euler(churn=-1.0), "churn=-1.0"),
+        (lambda: edm.Heun(churn_noise=math.nan), "churn_noise=nan"),
     ],
 )
 def test_a_value_out_of_range_is_told_in_one_line_with_what_was_given(mistake, told):
@@ -576,6 +614,7 @@ def test_the_ends_of_each_range_are_legal():
     assert losses.Denoising(p_uncond=0).p_uncond == 0
     assert losses.Denoising(p_uncond=1).p_uncond == 1
     assert [samplers.Ancestral(v).v for v in (0, 1)] == [0, 1]
+    assert [samplers.DDIM(eta).eta for eta in (0, 1)] == [0, 1]
 
 
 # losses

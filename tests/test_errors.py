@@ -16,6 +16,10 @@ CASES = {
     "unknown reading": (["--config.reading=score"], ["score", "velocity"]),
     "p_uncond above 1": (["--config.loss.p_uncond=1.5"], ["p_uncond=1.5", "[0, 1]"]),
     "v above 1": (["--config.sample.sampler.v=2.0"], ["v=2.0", "[0, 1]"]),
+    "eta above 1": (
+        ["--config.sample.sampler=ddim", "--config.sample.sampler.eta=2.0"],
+        ["eta=2.0", "[0, 1]"],
+    ),
     "dropout of 1": (["--config.model.dropout=1.0"], ["dropout"]),
     "lambda range reversed": (
         ["--config.schedule.lambda_min=5.0", "--config.schedule.lambda_max=-5.0"],
@@ -106,6 +110,14 @@ SAMPLING = {
     "negative label": (["--labels=-1"], ["[-1]"]),
     "seed": (["--seed=-3"], ["seed=-3"]),
     "a field that sampling has not": (["--config.sample.stepz=3"], ["stepz", "steps"]),
+    "as many levels as steps": (
+        ["--config.sample.grid=explicit", "--config.sample.grid.lams=(-5.0,0.0,5.0)"],
+        ["3 levels", "steps=8", "give steps=3"],
+    ),
+    "a grid's option": (
+        ["--config.sample.grid=edm", "--config.sample.grid.sigma_min=-1.0"],
+        ["sigma_min=-1.0", "0.002"],
+    ),
     "a rule without its classifier": (
         ["--config.sample.guidance.name=classifier"],
         ["--classifier"],

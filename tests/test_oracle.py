@@ -93,7 +93,7 @@ def test_seeded_noise_gives_the_moments_that_impulses_foretell():
 
 # (b) Unequal spreads: the guidance term depends on z. (a) alone passes rules that mishandle that.
 
-CONDITIONAL, UNCONDITIONAL = (0.5, 0.35), (-0.2, 0.7)
+CONDITIONAL, UNCONDITIONAL = oracle.CONDITIONAL, oracle.UNCONDITIONAL
 STEPS = (64, 128, 256, 512)
 
 
@@ -163,12 +163,10 @@ def test_the_moment_equation_tells_rival_rules_from_eq_6(rival, float64):
     assert np.abs(errors).max() > 0.3
 
 
-# (c) A mixture, as in the paper's figure 2: a class is an isotropic Gaussian in the plane. Here the
-# classes overlap, and differ in weight and spread.
+# (c) A mixture, as in the paper's figure 2.
 
-MEANS = np.array([[0.7, 0.1], [-0.3, 0.5], [-0.2, -0.4]])
-STDS = np.array([0.35, 0.22, 0.45])
-WEIGHTS = np.array([0.5, 0.3, 0.2])
+MEANS, STDS, WEIGHTS = oracle.MEANS, oracle.STDS, oracle.WEIGHTS
+likely_class = oracle.likely_class
 
 
 def classes():
@@ -185,12 +183,6 @@ def mixture_chain(w, members, noise, lams):
     else:
         draw = lambda i: noise[i]  # noqa: E731
     return samplers.Ancestral(0.3)(guided, draw, lams).x
-
-
-def likely_class(x):
-    """The class that the exact classifier of clean points reads in x [B, 2]."""
-    square = np.sum((x[:, None, :] - MEANS) ** 2, axis=-1)
-    return np.argmax(np.log(WEIGHTS) - 2 * np.log(STDS) - 0.5 * square / STDS**2, axis=-1)
 
 
 @pytest.mark.parametrize("w", [1.0, 4.0])

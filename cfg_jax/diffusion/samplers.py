@@ -1,4 +1,8 @@
-"""Samplers: (denoiser, noise, lams) -> path. They own their loop, never clip, and know no label."""
+"""Samplers: (denoiser, noise, lams) -> path. They own their loop, never clip, and know no label.
+
+Here are those that look at one level at a time, and the table of all of them. Each returns the
+clean estimate of its last level; `levels` tells at which levels it asks for one.
+"""
 
 import dataclasses
 import math
@@ -7,7 +11,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from cfg_jax.diffusion import logsnr
+from cfg_jax.diffusion import edm, logsnr, multistep
 from cfg_jax.types import Array, Denoiser, Noise, Path, UsageError
 
 
@@ -70,4 +74,59 @@ class Ancestral:
         return Path(x, xs)
 
 
-SAMPLERS = {"ancestral": Ancestral}
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DDIM:
+    """Denoising diffusion implicit models (Song, Meng & Ermon, 2021), eq. (12) and (16) there.
+
+        z' = alpha' x + sigma' (keep eps + spread n),
+        spread^2 = eta^2 (1 - e^(lam - lam')),   keep^2 = 1 - spread^2
+
+    eta = 0 is deterministic, a first-order step of the probability flow; eta = 1 is Ancestral(v=0).
+    eps is what the denoiser says, not what z and x leave: so rules that mean to add another noise
+    again (CFG++) work with this sampler alone. T evaluations. Raises UsageError unless 0 <= eta <=
+    1.
+    """
+
+    needs_pair: ClassVar[bool] = False
+    eta: float | Array = 0.0
+
+    def __post_init__(self):
+        if isinstance(self.eta, int | float) and not 0 <= self.eta <= 1:
+            raise UsageError(
+                f"sampler.eta={self.eta}: the share of noise lies in [0, 1]; 0 is deterministic, "
+                "1 ancestral sampling with v = 0."
+            )
+
+    def levels(self, lams: Array) -> Array:
+        return lams
+
+    def __call__(self, denoiser: Denoiser, noise: Noise, lams: Array) -> Path:
+        T = lams.shape[0]
+        z = noise(0)
+        lams = lams.astype(z.dtype)
+
+        def step(z, level):
+            t, lam, lam_next = level
+            x, eps = denoiser(z, lam)
+            # keep^2 as a sum: 1 - spread^2 would lose its digits where eta = 1 and the step is
+            # long.
+            keep = jnp.sqrt(1 - self.eta**2 + self.eta**2 * jnp.exp(lam - lam_next))
+            spread = self.eta * jnp.sqrt(-jnp.expm1(lam - lam_next))
+            rest = keep.astype(z.dtype) * eps + spread.astype(z.dtype) * noise(t)
+            z = logsnr.alpha(lam_next) * x + logsnr.sigma(lam_next) * rest
+            return jnp.where(t < T, z, x), x
+
+        levels = (jnp.arange(1, T + 1), lams, jnp.append(lams[1:], lams[-1]))
+        x, xs = jax.lax.scan(step, z, levels)
+        return Path(x, xs)
+
+
+SAMPLERS = {
+    "ancestral": Ancestral,
+    "ddim": DDIM,
+    "dpmpp_2m": multistep.DPMSolver2M,
+    "unipc": multistep.UniPC,
+    "euler": edm.Euler,
+    "heun": edm.Heun,
+}

@@ -81,14 +81,19 @@ class Uniform:
         return jnp.clip(u, 0, 1)
 
 
+def _steps(steps: int) -> Array:
+    """0 to 1 in as many levels [T]; 0 alone for one. Raises UsageError for fewer than one."""
+    if steps < 1:
+        raise UsageError(f"steps={steps}: a chain has at least one step.")
+    return jnp.arange(steps) / max(steps - 1, 1)
+
+
 def uniform_u(schedule: Schedule, steps: int) -> Array:
     """The paper's grid [T]: u uniform from 1 down to 0, both ends included; increasing in lambda.
 
     T = 1 is the noisiest level alone. Raises UsageError for fewer than one step.
     """
-    if steps < 1:
-        raise UsageError(f"steps={steps}: a chain has at least one step.")
-    return schedule(1 - jnp.arange(steps) / max(steps - 1, 1))
+    return schedule(1 - _steps(steps))
 
 
 def uniform_lambda(schedule: Schedule, steps: int) -> Array:
@@ -96,9 +101,44 @@ def uniform_lambda(schedule: Schedule, steps: int) -> Array:
 
     Raises UsageError for fewer than one step.
     """
-    if steps < 1:
-        raise UsageError(f"steps={steps}: a chain has at least one step.")
-    return jnp.linspace(schedule(jnp.ones(())), schedule(jnp.zeros(())), steps)
+    low, high = schedule(jnp.ones(())), schedule(jnp.zeros(()))
+    return low + _steps(steps) * (high - low)
+
+
+def edm(
+    schedule: Schedule,
+    steps: int,
+    *,
+    rho: float = 7.0,
+    sigma_min: float = 0.002,
+    sigma_max: float = 80.0,
+) -> Array:
+    """The grid [T] of Karras et al. (2022), eq. (5): uniform in sigma^(1 / rho).
+
+    sigma is that paper's, e^(-lam / 2): what multiplies the noise where the image is multiplied by
+    1. Its last level, 0, is what every sampler here ends with. Raises UsageError for fewer than one
+    step, and unless 0 < sigma_min < sigma_max and rho > 0.
+    """
+    del schedule
+    if not (0 < sigma_min < sigma_max < math.inf and 0 < rho < math.inf):
+        raise UsageError(
+            f"grid.sigma_min={sigma_min}, sigma_max={sigma_max}, rho={rho}: all must be above 0, "
+            "and sigma_min below sigma_max; Karras et al. (2022) have 0.002, 80 and 7."
+        )
+    high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+    return -2 * rho * jnp.log(high + _steps(steps) * (low - high))
+
+
+def explicit(schedule: Schedule, steps: int, *, lams: tuple[float, ...]) -> Array:
+    """The levels lams [T] as they are given. Raises UsageError unless they are T and increase."""
+    del schedule
+    if len(lams) != steps:
+        raise UsageError(
+            f"grid.lams has {len(lams)} levels with steps={steps}: give steps={len(lams)}."
+        )
+    if not (all(map(math.isfinite, lams)) and list(lams) == sorted(set(lams))):
+        raise UsageError(f"grid.lams={lams}: levels are finite and increase, from noise to clean.")
+    return jnp.asarray(lams)
 
 
 def sinusoid_input(lam: Array) -> Array:
@@ -112,4 +152,9 @@ def sinusoid_input(lam: Array) -> Array:
 
 
 SCHEDULES = {"cosine": Cosine, "uniform": Uniform}
-GRIDS = {"uniform_u": uniform_u, "uniform_lambda": uniform_lambda}
+GRIDS = {
+    "uniform_u": uniform_u,
+    "uniform_lambda": uniform_lambda,
+    "edm": edm,
+    "explicit": explicit,
+}
