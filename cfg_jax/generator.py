@@ -50,9 +50,10 @@ def reverse_chain(
     """
 
     def bind(label: Array):
-        return denoisers.denoiser(
-            model.network, params["model"], {"label": label}, reading=model.reading
-        )
+        cond = {"label": label}
+        if model.w_range is not None:
+            cond["w"] = jnp.broadcast_to(w, label.shape)
+        return denoisers.denoiser(model.network, params["model"], cond, reading=model.reading)
 
     rule = model.guidance(w)
     if rule.second == "classifier":
@@ -124,6 +125,13 @@ def check_guidance(
             f"w={[float(s) for s in w if s]}: this model has no null label (p_uncond = 0), so only "
             "w=0 can be sampled; train with loss.p_uncond above 0."
         )
+    elif model.w_range is not None:
+        low, high = np.float32(model.w_range)
+        if outside := [float(s) for s in w if not low <= np.float32(s) <= high]:
+            raise UsageError(
+                f"w={outside}: this student was trained for w from {low:g} to {high:g}; take one "
+                "of these, or its teacher."
+            )
 
 
 def check_same_images(

@@ -12,12 +12,15 @@ ROOMS = ("diffusion", "models", "data", "runtime", "metrics")
 # From the ground up: a module imports only from lower floors, and no room another room.
 FLOORS = (
     {"types"},
-    {*ROOMS, "schema", "probes", "hlo", "chips"},
+    {*ROOMS, "schema", "probes", "hlo", "chips", "power_ema"},
     {"train_step", "traffic"},
     {"experiment"},
     {"generator", "command", "scores"},
     {"features"},
-    {"prepare", "train", "sample", "sweep", "evaluate", "programs", "plan", "report", "api"},
+    {
+        *("prepare", "start", "train", "reconstruct", "sample", "sweep", "evaluate"),
+        *("programs", "plan", "report", "api"),
+    },
 )
 # A library and the places that may know it.
 KNOWS = {

@@ -10,7 +10,7 @@ import pytest
 from faults import assert_equal, distance, final_state, run_together
 
 from cfg_jax import experiment, generator, hlo, traffic, train, train_step
-from cfg_jax.models import affine
+from cfg_jax.models import affine, weights
 from cfg_jax.runtime import checkpoint, profile, window
 from cfg_jax.runtime import mesh as meshes
 from cfg_jax.types import UsageError
@@ -180,6 +180,46 @@ def test_one_and_two_processes_train_the_same(cli, tiny, tmp_path):
         run_together(cli, count, "sample", *out)
     ours, theirs = (np.load(w / "samples.npz")["images"] for w in (alone, together))
     assert np.abs(ours.astype(int) - theirs).max() <= 1
+
+
+@pytest.mark.slow
+def test_averages_are_kept_and_other_lengths_made_of_them(cli, tiny, tmp_path):
+    """Killed, gone on or neither, the same files; a length that was kept is made to 1e-3, and what
+    is made is a model.
+    """
+    kept = ["--config.ema.lengths=(0.05,0.1)", "--config.ema.snapshot_every=5"]
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    for workdir, steps in ((straight, 30), (stopped, 15), (stopped, 30)):
+        run = [*tiny, *kept, f"--workdir={workdir}", f"--config.train.steps={steps}"]
+        result = cli("train", *run)
+        assert result.status == 0, result.err[-3000:]
+    assert_equal(final_state(stopped), final_state(straight))
+    files = [{p.name: p.read_bytes() for p in (w / "ema").iterdir()} for w in (straight, stopped)]
+    assert len(files[0]) == 12 and files[0].keys() == files[1].keys()
+    for name in files[0]:
+        params = [weights.load_safetensors(w / "ema" / name)[0] for w in (straight, stopped)]
+        jax.tree.map(np.testing.assert_array_equal, *params)
+    result = cli("reconstruct", f"--workdir={stopped}", "--length=0.05,0.08")
+    assert result.status == 0, result.err[-3000:]
+    paths = [line.split(": ")[0] for line in result.out.splitlines()]
+    made, beside = (weights.flatten(weights.load_safetensors(p)[0]) for p in paths)
+    tracked = {
+        sigma: weights.flatten(weights.load_safetensors(stopped / "ema" / name)[0])
+        for sigma, name in ((5, "00000030_0.05.safetensors"), (10, "00000030_0.1.safetensors"))
+    }
+    for name, value in tracked[5].items():
+        np.testing.assert_allclose(made[name], value, atol=1e-3 * np.abs(value).max() + 1e-7)
+    name = max(tracked[5], key=lambda n: np.abs(tracked[5][n] - tracked[10][n]).max())
+    near, far = (np.linalg.norm(beside[name] - tracked[s][name]) for s in (5, 10))
+    assert max(near, far) < np.linalg.norm(tracked[5][name] - tracked[10][name])
+    assert cli("sample", f"--workdir={paths[1]}", "--w=1", "--per_label=1").status == 0
+    result = cli("reconstruct", f"--workdir={stopped}", "--length=0.05", "--step=12")
+    assert result.status == 2 and "5, 10, 15, 20, 25, 30" in result.errors[0]
+    # A run that begins there again, with no checkpoint left, takes none of them for its own.
+    shutil.rmtree(stopped / "checkpoints")
+    result = cli("train", *tiny, *kept, f"--workdir={stopped}", "--config.train.steps=10")
+    assert result.status == 0, result.err[-3000:]
+    assert len(list((stopped / "ema").glob("[0-9]*"))) == 4
 
 
 def test_metrics_name_the_step_that_went_wrong():

@@ -175,9 +175,30 @@ class ScaledNoise:
         return scaled
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Distilled:
+    """No rule at all: a student (`losses.Distillation`) was told w with its label, and has mixed
+    the two passes in one.
+    """
+
+    second: ClassVar[str | None] = None
+    w: float | Array = 0.0
+
+    @staticmethod
+    def passes(w: float) -> tuple[int, int]:
+        del w
+        return 1, 0
+
+    def __call__(self, denoiser: Denoiser, unused: Denoiser | None = None, /) -> Denoiser:
+        del unused
+        return denoiser
+
+
 GUIDANCE = {
     "classifier_free": ClassifierFree,
     "classifier": ClassifierGuidance,
     "scaled_score": ScaledScore,
     "scaled_noise": ScaledNoise,
+    "distilled": Distilled,
 }
