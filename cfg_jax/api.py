@@ -47,7 +47,8 @@ class Model:
 
         w is the paper's strength (scale - 1), one number or one a label; sweeping it compiles once.
         Image i depends on (seed, index[i]), its label and its w alone, with index 0, 1, ... by
-        default. Raises UsageError for a label outside the classes, w < -1, or a seed out of range.
+        default. Raises UsageError for a label outside the classes, a seed out of range, w < -1, or
+        one that a student was not trained for.
         """
         return self._generator(labels, w, seed=seed, index=index)
 

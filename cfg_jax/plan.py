@@ -209,10 +209,10 @@ def describe(report: Mapping[str, Any], model: experiment.Experiment) -> list[st
         *describe_program(report["step"]),
     ]
     if sampler := report["sampler"]:
-        passes = sum(model.guidance().passes(1.0))
+        passes = "one pass" if sum(model.guidance().passes(1.0)) == 1 else "two passes"
         lines += [
             "",
-            f"sampler: {model.sample.steps} levels, {passes} passes at each, "
+            f"sampler: {model.sample.steps} levels, {passes} at each, "
             f"{model.sample.batch_size} images at a time",
             *describe_program(sampler),
         ]

@@ -19,6 +19,7 @@ from cfg_jax.types import Params, UsageError
 # A run may go on with other values of these; everything else is what the run is.
 MAY_CHANGE = (
     "dataset.data_dir",
+    "ema.snapshot_every",
     "sample.",
     "train.steps",
     "train.fsdp",

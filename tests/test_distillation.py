@@ -50,6 +50,7 @@ def student(model, teacher):
     return {**jax.jit(model.network.init)(jax.random.key(2)), **teacher}
 
 
+@pytest.mark.slow
 def test_a_student_begins_as_its_conditional_teacher(model, teacher, student):
     labels = np.arange(12) % 10
     taught = generator.Generator(small("digits"), {"model": teacher})
@@ -66,7 +67,7 @@ def test_a_student_begins_as_its_conditional_teacher(model, teacher, student):
     assert learning.compilations() == 2, "one for a w for all, one for a w an image"
 
 
-def passes_written(model, params):
+def passes_written(model):
     """How often the network stands in the program of a chain, of which one step is written."""
     calls = []
 
@@ -75,17 +76,16 @@ def passes_written(model, params):
         return model.network.apply(params, z, lam, cond, key)
 
     counted = dataclasses.replace(model, network=Network(model.network.init, apply))
+    params = {"model": jax.eval_shape(model.network.init, jax.random.key(0))}
     arguments = (jnp.zeros(2, int), jnp.arange(2), jnp.float32(1), jnp.uint32(0))
-    jax.eval_shape(
-        lambda *a: generator.reverse_chain(*a, model=counted), {"model": params}, *arguments
-    )
+    jax.eval_shape(lambda *a: generator.reverse_chain(*a, model=counted), params, *arguments)
     return len(calls)
 
 
-def test_a_student_takes_one_pass_a_step(model, student, teacher):
+def test_a_student_takes_one_pass_a_step(model):
     assert model.guidance().passes(3.0) == (1, 0)
-    assert passes_written(model, student) == 1
-    assert passes_written(small("digits"), teacher) == 4, "two, and each of them alone"
+    assert passes_written(model) == 1
+    assert passes_written(small("digits")) == 4, "two, and each of them alone"
 
 
 @pytest.mark.parametrize("w", [-1.0, 4.1, [0.0, 5.0]])
@@ -125,7 +125,7 @@ def test_the_frozen_parameters_lie_as_those_that_are_trained(model):
         ({"loss": {"p_uncond": 0.0}}, "null label"),
         ({"model": {"channels": 16}}, r"model.channels=8 \(there 16\)"),
         ({"reading": "x"}, r"reading='eps' \(there 'x'\)"),
-        ({"dataset": {"size": 16}}, "image_shape"),
+        ({"dataset": {"size": 16}, "model": {"attention_resolutions": (16,)}}, "image_shape"),
     ],
 )
 def test_a_teacher_of_another_kind_is_refused(model, change, told, tmp_path):
@@ -139,6 +139,18 @@ def test_a_teacher_of_another_kind_is_refused(model, change, told, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_teacher_is_wanted_where_there_is_a_student_and_nowhere_else(model, tmp_path):
+    for of, given, told in (
+        (model, None, "--teacher=DIR"),
+        (model, str(tmp_path / "gone"), "no trained model"),
+        (model.teacher, "anything", "'denoising' learns from images alone"),
+    ):
+        with pytest.raises(UsageError, match=told):
+            start.load_teacher(str(tmp_path / "run"), given, of, {})
+    assert start.load_teacher(str(tmp_path / "run"), None, model.teacher, {}) == {}
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.fixture(scope="module")
 def distilled(cli, tiny, trained, tmp_path_factory):
     """The folder of a tiny student of 20 steps."""
@@ -149,6 +161,7 @@ def distilled(cli, tiny, trained, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_a_student_learns_and_is_a_model_like_others(cli, distilled, trained, tmp_path):
     lines = [json.loads(line) for line in (distilled / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["loss"] < lines[0]["loss"] < 0.1

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import integrate
 
-from cfg_jax import power_ema
+from cfg_jax import power_ema, train_step
 from cfg_jax.types import UsageError
 
 
@@ -12,7 +12,7 @@ def weights_by_hand(sigma, steps):
     """What parameters 1 to `steps` weigh in the average at the last of them."""
     i = np.arange(1, steps + 1, dtype=np.float64)
     power = power_ema.exponent(sigma) + 1
-    return (i**power - (i - 1) ** power) / steps**power
+    return (i / steps) ** power - ((i - 1) / steps) ** power
 
 
 @pytest.mark.parametrize("sigma", [0.01, 0.05, 0.1, 0.2, 0.28])
@@ -97,3 +97,16 @@ def test_the_error_says_what_cannot_be_made(run):
 def test_a_length_out_of_range_is_told(sigma):
     with pytest.raises(UsageError, match="relative length"):
         power_ema.check_length("--length", sigma)
+
+
+@pytest.mark.parametrize(
+    "fields, told",
+    [
+        ({"lengths": (0.1, 0.1)}, "must differ"),
+        ({"lengths": (0.1, 0.5)}, "ema.lengths=0.5"),
+        ({"lengths": (0.1,), "snapshot_every": 0}, "snapshot_every=0"),
+    ],
+)
+def test_what_cannot_be_kept_is_told(fields, told):
+    with pytest.raises(UsageError, match=told):
+        train_step.Ema(**fields)

@@ -27,11 +27,12 @@ def outputs_of(row, shake=0.0):
 def test_a_student_that_does_not_hear_its_label_or_w_is_found(deaf, told):
     def apply(params, z, lam, cond, key=None):
         heard = {k: 0 * v if k == deaf else v for k, v in cond.items()}
-        return z + (params["a"] * heard["label"] + params["b"] * heard["w"])[:, None, None, None]
+        said = params["a"].sum() * heard["label"] + params["b"].sum() * heard["w"]
+        return z + said[:, None, None, None]
 
     cond = {"label": jnp.array([0.0, 9.0, 0.0]), "w": jnp.array([4.0, 4.0, 0.0])}
     outputs = probes.outputs(Network(init=None, apply=apply), (4, 4, 1), cond)
-    said = np.asarray(outputs({"a": jnp.zeros(1), "b": jnp.zeros(1)}, 0.1))
+    said = np.asarray(outputs({"a": jnp.zeros(3), "b": jnp.zeros(3)}, 0.1))
     if deaf is None:
         probes.student_listens(said)
     else:
