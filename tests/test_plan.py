@@ -47,7 +47,7 @@ def test_a_plan_for_this_machine(cli, tiny, tmp_path):
 
 @pytest.mark.slow
 def test_a_students_step_is_planned_with_its_teacher(cli, tiny, tmp_path):
-    """Two passes forward of the teacher, and three of the student's gradient; sampling takes one."""
+    """Two passes forward of the teacher, three for the student's gradient; sampling takes one."""
     flags = ("--config=digits_distilled", "--topology=cpu:2")
     report, told = report_of(cli, tmp_path, *tiny[1:], *flags)
     step, sampler = report["step"], report["sampler"]
