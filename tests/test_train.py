@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from faults import assert_equal, distance, final_state, run_together
 
-from cfg_jax import experiment, generator, hlo, traffic, train, train_step
+from cfg_jax import experiment, generator, hlo, reconstruct, traffic, train, train_step
 from cfg_jax.models import affine, weights
 from cfg_jax.runtime import checkpoint, profile, window
 from cfg_jax.runtime import mesh as meshes
@@ -184,9 +184,7 @@ def test_one_and_two_processes_train_the_same(cli, tiny, tmp_path):
 
 @pytest.mark.slow
 def test_averages_are_kept_and_other_lengths_made_of_them(cli, tiny, tmp_path):
-    """Killed, gone on or neither, the same files; a length that was kept is made to 1e-3, and what
-    is made is a model.
-    """
+    """Stopped and gone on, or not, the same files; a length that was kept is made to 1e-3."""
     kept = ["--config.ema.lengths=(0.05,0.1)", "--config.ema.snapshot_every=5"]
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     for workdir, steps in ((straight, 30), (stopped, 15), (stopped, 30)):
@@ -194,32 +192,29 @@ def test_averages_are_kept_and_other_lengths_made_of_them(cli, tiny, tmp_path):
         result = cli("train", *run)
         assert result.status == 0, result.err[-3000:]
     assert_equal(final_state(stopped), final_state(straight))
-    files = [{p.name: p.read_bytes() for p in (w / "ema").iterdir()} for w in (straight, stopped)]
-    assert len(files[0]) == 12 and files[0].keys() == files[1].keys()
-    for name in files[0]:
-        params = [weights.load_safetensors(w / "ema" / name)[0] for w in (straight, stopped)]
-        jax.tree.map(np.testing.assert_array_equal, *params)
+    there = [
+        {at: weights.flatten(weights.load_safetensors(path)[0]) for at, path in files.items()}
+        for files in (reconstruct.kept(straight), reconstruct.kept(stopped))
+    ]
+    assert list(there[0]) == [(at, s) for at in range(5, 31, 5) for s in (0.05, 0.1)]
+    for at, params in there[0].items():
+        assert_equal(there[1][at], params)
     result = cli("reconstruct", f"--workdir={stopped}", "--length=0.05,0.08")
     assert result.status == 0, result.err[-3000:]
     paths = [line.split(": ")[0] for line in result.out.splitlines()]
-    made, beside = (weights.flatten(weights.load_safetensors(p)[0]) for p in paths)
-    tracked = {
-        sigma: weights.flatten(weights.load_safetensors(stopped / "ema" / name)[0])
-        for sigma, name in ((5, "00000030_0.05.safetensors"), (10, "00000030_0.1.safetensors"))
-    }
-    for name, value in tracked[5].items():
-        np.testing.assert_allclose(made[name], value, atol=1e-3 * np.abs(value).max() + 1e-7)
-    name = max(tracked[5], key=lambda n: np.abs(tracked[5][n] - tracked[10][n]).max())
-    near, far = (np.linalg.norm(beside[name] - tracked[s][name]) for s in (5, 10))
-    assert max(near, far) < np.linalg.norm(tracked[5][name] - tracked[10][name])
-    assert cli("sample", f"--workdir={paths[1]}", "--w=1", "--per_label=1").status == 0
-    result = cli("reconstruct", f"--workdir={stopped}", "--length=0.05", "--step=12")
-    assert result.status == 2 and "5, 10, 15, 20, 25, 30" in result.errors[0]
-    # A run that begins there again, with no checkpoint left, takes none of them for its own.
-    shutil.rmtree(stopped / "checkpoints")
-    result = cli("train", *tiny, *kept, f"--workdir={stopped}", "--config.train.steps=10")
-    assert result.status == 0, result.err[-3000:]
-    assert len(list((stopped / "ema").glob("[0-9]*"))) == 4
+    same, between = (weights.flatten(weights.load_safetensors(path)[0]) for path in paths)
+    short, long = there[0][30, 0.05], there[0][30, 0.1]
+    for name, value in short.items():
+        np.testing.assert_allclose(same[name], value, atol=1e-3 * np.abs(value).max() + 1e-7)
+    apart = {name: np.linalg.norm(short[name] - long[name]) for name in short}
+    name = max(apart, key=apart.get)
+    for end in (short, long):
+        assert np.linalg.norm(between[name] - end[name]) < apart[name]
+    assert generator.saved_config(paths[1]) == generator.saved_config(str(stopped))
+    with pytest.raises(UsageError, match="5, 10, 15, 20, 25, 30"):
+        reconstruct.make(stopped, 0.05, 12)
+    reconstruct.forget(stopped)
+    assert not reconstruct.kept(stopped) and (stopped / "ema").exists()
 
 
 def test_metrics_name_the_step_that_went_wrong():
