@@ -5,7 +5,7 @@ images = model.sample([0, 3, 7], w=1.0)
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ from cfg_jax import experiment
 from cfg_jax import generator as generators
 from cfg_jax.models import weights
 from cfg_jax.runtime import mesh as meshes
-from cfg_jax.types import Guidance, UsageError
+from cfg_jax.types import Guidance, Params, UsageError
 
 
 class Model:
@@ -52,7 +52,8 @@ class Model:
         rule, takes the place of the config's; `negative` are labels to move away from in place of
         the null one. One program serves every w, seed, label and number of a rule: lambda w:
         Interval(ClassifierFree(w), low, high) compiles once for all ends. Raises UsageError for a
-        label outside the classes, w < -1, or a seed out of range.
+        label outside the classes, a seed out of range, w < -1, or one that a student was not
+        trained for.
         """
         generator = self._generator.guided(guidance, negative)
         return generator(labels, w, seed=seed, index=index)
@@ -62,12 +63,23 @@ class Model:
 
         dtype "float16" halves the file; the images then differ by a level here and there.
         """
-        # Where the data lay on the machine that trained is of no use elsewhere.
-        dataset = {**self.config["dataset"], "data_dir": None}
-        config = {**self.config, "dataset": dataset}
-        metadata = {"config": json.dumps(config), "step": str(self.step)}
         params = jax.device_get(self._generator.params["model"])
-        weights.save_safetensors(path, params, metadata, dtype=dtype)
+        export(path, params, self.config, self.step, dtype=dtype)
+
+
+def export(
+    path: str,
+    params: Params,
+    config: Mapping[str, Any],
+    step: int,
+    *,
+    dtype: str = "float32",
+) -> None:
+    """Writes parameters, whole on this host, and their config as .safetensors."""
+    # Where the data lay on the machine that trained is of no use elsewhere.
+    config = {**config, "dataset": {**config["dataset"], "data_dir": None}}
+    metadata = {"config": json.dumps(config), "step": str(step)}
+    weights.save_safetensors(path, params, metadata, dtype=dtype)
 
 
 def load(path: str, classifier: str | None = None, *, weak: str | None = None) -> Model:

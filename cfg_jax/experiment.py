@@ -116,7 +116,8 @@ class Experiment:
     features: Network | None  # a classifier's, before its last affine map; the same parameters
     schedule: Schedule
     reading: logsnr.Reading
-    null_label: int | None  # None where the network has no null row
+    null_label: int | None  # None where no null row was trained
+    teacher: "Experiment | None"  # of a student: the model that it learns to say guided
     loss: Callable  # (params, frozen, batch with uint8 images, key) -> (mean, metrics)
     optimizer: optax.GradientTransformation
     ema: train_step.Ema
@@ -130,6 +131,12 @@ class Experiment:
     @property
     def is_classifier(self) -> bool:
         return self.features is not None
+
+    @property
+    def w_range(self) -> tuple[float, float] | None:
+        """The strengths that a student was told of; None for any other model."""
+        loss = self.config["loss"]
+        return (loss["w_min"], loss["w_max"]) if self.teacher else None
 
 
 # Rules stand around rules: sample.guidance.rule is the one inside, and so on down.
@@ -159,7 +166,15 @@ SCHEMA = schema.Schema(
     },
     bound={
         # What the data set, and the loss, decide.
-        "model": {"rngs", "image_size", "in_channels", "out_channels", "num_classes", "null_row"},
+        "model": {
+            "rngs",
+            "image_size",
+            "in_channels",
+            "out_channels",
+            "num_classes",
+            "null_row",
+            "w_embedding",
+        },
         # What the jobs' flag --w gives.
         **{path: {"w"} for path in RULES},
         "sample.grid": {"schedule", "steps"},
@@ -249,6 +264,18 @@ def build(config: Mapping[str, Any]) -> Experiment:
             f"model.name={config['model']['name']!r} with loss.name={config['loss']['name']!r}: a "
             "classifier is trained by classification, and nothing else is."
         )
+    is_student = config["loss"]["name"] == "distillation"
+    if is_student != (config["sample"]["guidance"]["name"] == "distilled"):
+        raise UsageError(
+            f"loss.name={config['loss']['name']!r} with sample.guidance.name="
+            f"{config['sample']['guidance']['name']!r}: a student, trained by distillation, has "
+            "its guidance inside: it is sampled by 'distilled', and nothing else is."
+        )
+    teacher = None
+    if is_student:  # the same network without w, trained as the paper's
+        rule = {"guidance": {"name": "classifier_free"}}
+        section = {"loss": {"name": "denoising"}, "sample": {**config["sample"], **rule}}
+        teacher = build({**config, **section})
     height, size, channels = dataset.image_shape
     if height != size:
         raise UsageError(
@@ -261,7 +288,8 @@ def build(config: Mapping[str, Any]) -> Experiment:
             "in_channels": channels,
             "out_channels": channels,
             "num_classes": dataset.num_classes,
-            "null_row": null_row,
+            "null_row": null_row or is_student,  # a student has all that its teacher has
+            "w_embedding": is_student,
         },
     )
     make_network = functools.partial(
@@ -274,6 +302,7 @@ def build(config: Mapping[str, Any]) -> Experiment:
         schedule=schedule,
         reading=reading,
         null_label=dataset.num_classes,
+        **({"teacher": teacher.network} if teacher else {}),
     )
 
     def loss_of_bytes(params, frozen, batch, key):
@@ -298,6 +327,7 @@ def build(config: Mapping[str, Any]) -> Experiment:
         schedule=schedule,
         reading=reading,
         null_label=dataset.num_classes if null_row else None,
+        teacher=teacher,
         loss=loss_of_bytes,
         optimizer=train_step.OPTIMIZERS[config["optimizer"]["name"]](
             **_options(config["optimizer"])

@@ -56,6 +56,8 @@ def reverse_chain(
     def bind(labels: Array, of: experiment.Experiment = model, name: str = "model"):
         def one(label: Array):
             cond = {"label": label}
+            if of.w_range is not None:  # a student, told of w with its label
+                cond["w"] = jnp.broadcast_to(rule.w, label.shape)
             return denoisers.denoiser(of.network, params[name], cond, reading=of.reading)
 
         if labels.ndim == 1:

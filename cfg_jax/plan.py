@@ -209,9 +209,10 @@ def describe(report: Mapping[str, Any], model: experiment.Experiment) -> list[st
         *describe_program(report["step"]),
     ]
     if sampler := report["sampler"]:
+        passes = "one pass" if model.guidance(1.0).second is None else "two passes"
         lines += [
             "",
-            f"sampler: {model.sample.steps} levels, two passes at each, "
+            f"sampler: {model.sample.steps} levels, {passes} at each, "
             f"{model.sample.batch_size} images at a time",
             *describe_program(sampler),
         ]

@@ -1,7 +1,7 @@
 """Start-up probes: cheap checks for mistakes that train without an error and never guide.
 
-A label that does not reach the output, a null row that is a class, labels dropped at another rate
-than was asked for: each has cost somebody a training run.
+A label, or a strength, that does not reach the output, a null row that is a class, labels dropped
+at another rate than was asked for: each has cost somebody a training run.
 """
 
 import math
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cfg_jax.types import Array, Network, Params
+from cfg_jax.types import Array, Cond, Network, Params
 
 
 class ProbeError(RuntimeError):
@@ -23,24 +23,24 @@ def _wave(shape: tuple[int, ...], phase: int) -> Array:
     return jnp.sin(1e3 * jnp.sin(jnp.arange(math.prod(shape)) + 7.0 * phase)).reshape(shape)
 
 
-def label_outputs(
-    network: Network, *, image_shape: tuple[int, ...], null_label: int
+def outputs(
+    network: Network, image_shape: tuple[int, ...], cond: Cond
 ) -> Callable[[Params, float], Array]:
-    """A jitted (params, shake) -> outputs [3, H, W, C] for the first, last and null labels.
+    """A jitted (params, shake) -> outputs [N, H, W, C] for the N conditions of cond.
 
-    The same z at lambda = 0 for all three. A fresh network ends in zeros, so that its parameters
-    are shaken by up to `shake` to probe its wiring; a shake of 0 probes what it has learned.
+    The same z at lambda = 0 for all. A fresh network ends in zeros, so that its parameters are
+    shaken by up to `shake` to probe its wiring; a shake of 0 probes what it has learned.
     """
-    labels = jnp.array([0, null_label - 1, null_label])
+    count = len(cond["label"])
 
     @jax.jit
-    def outputs(params, shake):
+    def said(params, shake):
         leaves, tree = jax.tree.flatten(params)
         shaken = [p + shake * _wave(p.shape, i) for i, p in enumerate(leaves)]
-        z = jnp.broadcast_to(2 * _wave(image_shape, len(leaves)), (3, *image_shape))
-        return network.apply(jax.tree.unflatten(tree, shaken), z, jnp.zeros(3), {"label": labels})
+        z = jnp.broadcast_to(2 * _wave(image_shape, len(leaves)), (count, *image_shape))
+        return network.apply(jax.tree.unflatten(tree, shaken), z, jnp.zeros(count), cond)
 
-    return outputs
+    return said
 
 
 def labels_differ(outputs: np.ndarray) -> None:
@@ -55,6 +55,19 @@ def labels_differ(outputs: np.ndarray) -> None:
         )
     if np.array_equal(first, last):
         raise ProbeError("probe: two labels give the same output; the label does not reach it.")
+
+
+def student_listens(outputs: np.ndarray) -> None:
+    """Checks the outputs [3, ...] of a student for the first label, the last one, and the first at
+    another w.
+
+    Raises ProbeError where two of them are equal that should not be.
+    """
+    first, last, other = outputs
+    if np.array_equal(first, last):
+        raise ProbeError("probe: two labels give the same output; the label does not reach it.")
+    if np.array_equal(first, other):
+        raise ProbeError("probe: two strengths w give the same output; w does not reach it.")
 
 
 def drop_rate_holds(dropped: float, count: int, p_uncond: float) -> None:

@@ -50,6 +50,13 @@ def check_guidance(
             "w=0 can be sampled; train with loss.p_uncond above 0, or guide by --weak=DIR or away "
             "from --config.sample.negative=LABEL."
         )
+    if model.w_range is not None:
+        low, high = np.float32(model.w_range)
+        if outside := [float(s) for s in w if not low <= np.float32(s) <= high]:
+            raise UsageError(
+                f"w={outside}: this student was trained for w from {low:g} to {high:g}; take one "
+                "of these, or its teacher."
+            )
 
 
 def check_same_images(

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from cfg_jax import power_ema
 from cfg_jax.types import Array, Batch, Network, Params, UsageError
 
 
@@ -22,24 +23,47 @@ class TrainState(NamedTuple):
     params: Params
     ema: Params
     opt_state: optax.OptState
+    profiles: tuple[Params, ...] = ()  # averages of the lengths of Ema
 
 
 @dataclasses.dataclass(frozen=True)
 class Ema:
-    """ema <- d ema + (1 - d) params in float32, d = min(decay, (1 + t) / (10 + t)) at step t."""
+    """ema <- d ema + (1 - d) params in float32, d = min(decay, (1 + t) / (10 + t)) at step t.
+
+    Beside it `track` keeps averages of other lengths, `power_ema`'s, of which `reconstruct` makes
+    more after training. Raises UsageError for numbers out of range.
+    """
 
     decay: float = 0.9999
+    lengths: tuple[float, ...] = ()  # (0.05, 0.1) as in Karras et al. (2024); () keeps none
+    snapshot_every: int = 1000  # steps between the averages that are written to WORKDIR/ema
 
     def __post_init__(self):
         if not 0 <= self.decay < 1:
             raise UsageError(
                 f"ema.decay={self.decay}: must lie in [0, 1); the paper's code has 0.9999."
             )
+        for sigma in self.lengths:
+            power_ema.check_length("ema.lengths", sigma)
+        if len(set(self.lengths)) < len(self.lengths) or self.snapshot_every < 1:
+            raise UsageError(
+                f"ema.lengths={self.lengths} must differ, and ema.snapshot_every="
+                f"{self.snapshot_every} be at least 1."
+            )
 
     def __call__(self, ema: Params, params: Params, step: Array) -> Params:
         t = step.astype(jnp.float32)
         rate = 1 - jnp.minimum(self.decay, (1 + t) / (10 + t))
         return jax.tree.map(lambda e, p: e + rate * (p - e), ema, params)
+
+    def track(
+        self, profiles: tuple[Params, ...], params: Params, step: Array
+    ) -> tuple[Params, ...]:
+        """The averages of `lengths`, one each, after the update of a step."""
+        return tuple(
+            power_ema.track(sigma, average, params, step)
+            for sigma, average in zip(self.lengths, profiles, strict=True)
+        )
 
 
 def adam(
@@ -73,14 +97,17 @@ def adam(
     )
 
 
-def init_state(key: Array, network: Network, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state at step 0, a function of the key alone; the EMA starts at the parameters."""
+def init_state(
+    key: Array, network: Network, optimizer: optax.GradientTransformation, profiles: int = 0
+) -> TrainState:
+    """The state at step 0, a function of the key alone; every average starts at the parameters."""
     params = network.init(key)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         ema=jax.tree.map(jnp.copy, params),
         opt_state=optimizer.init(params),
+        profiles=tuple(jax.tree.map(jnp.copy, params) for _ in range(profiles)),
     )
 
 
@@ -121,7 +148,7 @@ def train_step(
     loss,
     optimizer,
     ema: Ema,
-    gather: Callable[[Params], Params] = lambda params: params,
+    gather: Callable[[Params, Params], tuple[Params, Params]] = lambda *both: both,
     accumulate: int = 1,
     unroll: bool = False,
 ) -> tuple[TrainState, dict[str, Array]]:
@@ -129,24 +156,27 @@ def train_step(
 
     loss(params, frozen, batch, key) -> (scalar, metrics). The metrics returned are its own, with
     `loss`, `grad_norm` (before clipping) and `param_norm` (after the update): where all three are
-    finite, so is the state returned. The loss sees what `gather` makes of the parameters, once a
-    step: the same numbers elsewhere or in another precision. `accumulate` and `unroll` are those of
-    `in_parts`.
+    finite, so is the state returned. The loss sees what `gather` makes of parameters and frozen,
+    once a step: the same numbers elsewhere or in another precision. `accumulate` and `unroll` are
+    those of `in_parts`.
     """
     key = jax.random.fold_in(key, state.step)
     gradient = jax.value_and_grad(loss, has_aux=True)
     if accumulate > 1:
         gradient = in_parts(gradient, accumulate, unroll=unroll)
-    (value, metrics), grads = gradient(gather(state.params), frozen, batch, key)
+    (value, metrics), grads = gradient(*gather(state.params, frozen), batch, key)
     grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     norms = {"grad_norm": optax.global_norm(grads), "param_norm": optax.global_norm(params)}
-    metrics = {"loss": value, **norms, **metrics}
-    return (
-        TrainState(state.step + 1, params, ema(state.ema, params, state.step), opt_state),
-        metrics,
+    state = TrainState(
+        step=state.step + 1,
+        params=params,
+        ema=ema(state.ema, params, state.step),
+        opt_state=opt_state,
+        profiles=ema.track(state.profiles, params, state.step),
     )
+    return state, {"loss": value, **norms, **metrics}
 
 
 OPTIMIZERS = {"adam": adam}

@@ -49,7 +49,10 @@ def final_state(workdir) -> dict[str, np.ndarray]:
     """{path: array} of the newest checkpoint: step, parameters, optimizer and EMA."""
     model = experiment.build(generator.saved_config(str(workdir)))
     init = functools.partial(
-        train_step.init_state, network=model.network, optimizer=model.optimizer
+        train_step.init_state,
+        network=model.network,
+        optimizer=model.optimizer,
+        profiles=len(model.ema.lengths),
     )
     shapes = jax.eval_shape(init, jax.random.key(0))
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])

@@ -12,7 +12,7 @@ ROOMS = ("diffusion", "models", "data", "runtime", "metrics")
 # From the ground up: a module imports only from lower floors, and no room another room.
 FLOORS = (
     {"types"},
-    {*ROOMS, "schema", "probes", "hlo", "chips"},
+    {*ROOMS, "schema", "probes", "hlo", "chips", "power_ema"},
     {"train_step", "traffic"},
     {"experiment"},
     {"request"},
@@ -21,17 +21,8 @@ FLOORS = (
     {"reference"},
     {"panel"},
     {
-        "prepare",
-        "train",
-        "sample",
-        "sweep",
-        "evaluate",
-        "watch",
-        "programs",
-        "plan",
-        "curve",
-        "report",
-        "api",
+        *("prepare", "start", "train", "reconstruct", "sample", "sweep", "evaluate", "watch"),
+        *("programs", "plan", "curve", "report", "api"),
     },
 )
 # A library and the places that may know it.

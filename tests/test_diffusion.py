@@ -27,6 +27,7 @@ from cfg_jax.diffusion import (
     samplers,
     schedules,
     strengths,
+    weightings,
 )
 from cfg_jax.types import Network, Path, Prediction, UsageError
 
@@ -385,7 +386,8 @@ def test_w_0_is_the_conditional_and_w_minus_1_the_unconditional_whatever_the_oth
     assert np.all(guided.x == said) and np.all(guided.eps == said)
 
 
-RULES = guidance.GUIDANCE
+# A student's w acts in its network.
+RULES = {name: rule for name, rule in guidance.GUIDANCE.items() if name != "distilled"}
 WITH_W_INSIDE = [n for n, rule in RULES.items() if "rule" in inspect.signature(rule).parameters]
 
 
@@ -576,6 +578,12 @@ def test_scaled_noise_leaves_the_start_and_divides_the_rest():
         (lambda: corrections.Rescale(guidance.ClassifierFree(1.0), 1.1), "phi=1.1"),
         (lambda: corrections.DynamicThreshold(guidance.ClassifierFree(1.0), 99.5), "quantile=99.5"),
         (lambda: clocks.interval_of_steps(3, 2, np.arange(5.0)), "steps 3 to 2"),
+        (lambda: losses.Denoising(weight="min_srn"), "weight='min_srn'"),
+        (lambda: losses.Distillation(weight="snr"), "weight='snr'"),
+        (lambda: losses.Distillation(2.0, 2.0), "w_min=2.0"),
+        (lambda: losses.Distillation(-1.5), "w_min=-1.5"),
+        (lambda: losses.Distillation(0.0, math.inf), "w_max=inf"),
+        (lambda: losses.Distillation(0.0, math.nan), "w_max=nan"),
         (lambda: samplers.Ancestral(-0.1), "v=-0.1"),
         (lambda: samplers.Ancestral(2), "v=2"),
         (lambda: samplers.Ancestral(math.nan), "v=nan"),
@@ -629,7 +637,7 @@ def batch_of(size, shape=(4, 4, 3)):
     return {"image": image, "label": rng.integers(0, NULL, size).astype(np.int32)}
 
 
-def run(loss, network, batch, reading="eps", seed=1):
+def run(loss, network, batch, reading="eps", seed=1, frozen=None, **told):
     """(loss, metrics, gradient) in one jitted call, and what the network was shown, in float64."""
     keys = []
 
@@ -645,13 +653,14 @@ def run(loss, network, batch, reading="eps", seed=1):
 
             total, metrics = loss(
                 params,
-                {},
+                frozen or {},
                 batch,
                 key,
                 network=Network(network.init, apply),
                 schedule=NARROW,
                 reading=logsnr.READINGS[reading],
                 null_label=NULL,
+                **told,
             )
             return total, (metrics, shown)
 
@@ -731,6 +740,104 @@ def test_lambda_is_drawn_from_the_schedule(stratified):
 def test_a_stratified_loss_shows_the_network_one_level_in_each_part():
     *_, shown = run(losses.Denoising(stratified=True), linear(), batch_of(64))
     np.testing.assert_array_equal(np.sort(np.floor((4 - shown["lam"]) * 8)), np.arange(64))
+
+
+# Of the signal-to-noise ratio, as their papers have them: on the error of eps, or on that of x.
+OF_EPS = {"eps": lambda snr: 1, "p2": lambda snr: 1 / (1 + snr)}
+OF_X = {
+    "x": lambda snr: 1,
+    "velocity": lambda snr: snr + 1,
+    "truncated_snr": lambda snr: max(snr, 1),
+    "min_snr": lambda snr: min(snr, 5),
+    "edm": lambda snr: (1 / snr + 0.5**2) / (1 / snr * 0.5**2),
+}
+
+
+@pytest.mark.parametrize("reading", logsnr.READINGS)
+@pytest.mark.parametrize("weight", weightings.WEIGHTS)
+def test_a_weight_counts_the_error_of_eps_or_x_whatever_the_network_says(weight, reading):
+    """One image a level: the loss there is the weight times the error that its paper weighs."""
+    assert weightings.WEIGHTS.keys() == OF_EPS.keys() | OF_X.keys()
+    x, eps, off = (draws(1, 4, 4, 1, seed=i).astype(np.float64) for i in range(3))
+    for lam in (-4.0, -1.0, 0.0, 1.2, 2.0, 5.0):
+        a, s = oracle.alpha(lam), oracle.sigma(lam)
+        of_x = off if reading == "x" else -s * off if reading == "velocity" else -s / a * off
+        of_eps = -a / s * of_x
+        target = {"eps": eps, "x": x, "velocity": a * eps - s * x}[reading]
+        found = losses.mean_square(
+            *(jnp.float32(v) for v in (target + off, target)),
+            jnp.float32([lam]),
+            weight=weight,
+            reading=logsnr.READINGS[reading],
+        )
+        snr = np.exp(lam)
+        if weight in OF_EPS:
+            wanted = OF_EPS[weight](snr) * np.mean(of_eps**2)
+        else:
+            wanted = OF_X[weight](snr) * np.mean(of_x**2)
+        np.testing.assert_allclose(found, wanted, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", logsnr.READINGS)
+def test_a_weighted_loss_weighs_the_level_that_it_shows(name):
+    batch = batch_of(64)
+    total, _, _, shown = run(losses.Denoising(weight="min_snr"), linear(), batch, name)
+    _, a, s = noise_in(shown, batch["image"])
+    lam, label = (shown[key].reshape(-1, 1, 1, 1) for key in ("lam", "label"))
+    said = 2 * shown["z"] + 0.1 * lam + 0.5 * label
+    x = {"eps": (shown["z"] - s * said) / a, "x": said, "velocity": a * shown["z"] - s * said}[name]
+    wanted = np.mean(np.minimum((a / s) ** 2, 5) * (x - batch["image"]) ** 2)
+    np.testing.assert_allclose(total, wanted, rtol=1e-4)
+
+
+def mixing(teacher, frozen):
+    """A network that says what a guided teacher says: eq. (6) holds of any reading's output."""
+
+    def apply(params, z, lam, cond, key=None):
+        w = logsnr.expand(cond["w"], z)
+        null = jnp.full_like(cond["label"], NULL)
+        with_c, without = (
+            teacher.apply(frozen, z, lam, {"label": c}) for c in (cond["label"], null)
+        )
+        return (1 + w) * with_c - w * without + params["off"]
+
+    return Network(lambda key: {"off": jnp.float32(0)}, apply)
+
+
+@pytest.mark.parametrize("name", logsnr.READINGS)
+def test_a_student_that_says_what_its_guided_teacher_says_has_learned_it(name):
+    """The loss is zero, to rounding, and for a student that is off by d it is d^2; w is uniform on
+    its range, and no other draw knows it. Nothing reaches the teacher.
+    """
+    batch, teacher = batch_of(512), linear()
+    frozen = teacher.init(None)
+    loss = losses.Distillation(0.5, 3.0)
+    told = {"teacher": teacher, "frozen": frozen}
+    total, metrics, slope, shown = run(loss, mixing(teacher, frozen), batch, name, **told)
+    said = 2 * np.abs(shown["z"]).max() + 4
+    assert total < (1e-5 * said) ** 2 and abs(slope["off"]) < 1e-4 and metrics == {}
+    assert stats.kstest(shown["w"], "uniform", (0.5, 2.5)).pvalue > 1e-3
+    assert stats.kstest(noise_in(shown, batch["image"])[0].ravel(), "norm").pvalue > 1e-3
+    assert abs(stats.pearsonr(shown["w"], shown["lam"]).statistic) < 4 / np.sqrt(512)
+    np.testing.assert_array_equal(shown["label"], batch["label"])
+
+    def off(params, frozen):
+        return loss(
+            params,
+            frozen,
+            batch,
+            jax.random.key(1),
+            network=mixing(teacher, teacher.init(None)),
+            teacher=teacher,
+            schedule=NARROW,
+            reading=logsnr.READINGS[name],
+            null_label=NULL,
+        )[0]
+
+    value, (ours, theirs) = jax.value_and_grad(off, (0, 1))({"off": jnp.float32(0.3)}, frozen)
+    np.testing.assert_allclose(value, 0.09, rtol=1e-3)
+    np.testing.assert_allclose(ours["off"], 0.6, rtol=1e-3)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(theirs))
 
 
 def judge():

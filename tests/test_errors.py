@@ -47,6 +47,14 @@ CASES = {
     ),
     "unknown split": (["--config.dataset.split=trian"], ["trian"]),
     "start from nothing": (["--init_from=missing"], ["--init_from=missing", "no trained model"]),
+    "a student without a teacher": (["--config=digits_distilled"], ["--teacher=DIR"]),
+    "a teacher of no student": (["--teacher=missing"], ["--teacher=missing", "'denoising'"]),
+    "pictures of w that no student knows": (
+        ["--config=digits_distilled", "--config.loss.w_max=2.0", "--config.train.sample_every=5"],
+        ["w=[4.0]", "from 0 to 2"],
+    ),
+    "unknown loss weight": (["--config.loss.weight=min_srn"], ["min_srn", "min_snr"]),
+    "a length that is none": (["--config.ema.lengths=(0.05,0.5)"], ["ema.lengths=0.5", "below"]),
     "pictures of w that cannot be": (
         ["--config.loss.p_uncond=0.0", "--config.train.sample_every=5"],
         ["w=[1.0, 4.0]", "null label"],
@@ -135,6 +143,17 @@ def test_sampling(case, cli, trained, tmp_path):
     extra = [a.replace("HERE", str(trained)) for a in extra]
     result = cli("sample", f"--workdir={trained}", f"--out={tmp_path / 'out'}", *extra)
     _is_one_helpful_line(result, wanted)
+    assert not (tmp_path / "out").exists()
+
+
+def test_averages_that_were_not_kept(cli, trained, tmp_path):
+    for extra, wanted in (
+        (["--length=0.1"], ["holds no averages", "--config.ema.lengths"]),
+        (["--length=0.4"], ["--length=0.4", "below"]),
+        (["--length=long"], ["--length=long"]),
+    ):
+        result = cli("reconstruct", f"--workdir={trained}", f"--out={tmp_path / 'out'}", *extra)
+        _is_one_helpful_line(result, wanted)
     assert not (tmp_path / "out").exists()
 
 

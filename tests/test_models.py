@@ -72,6 +72,27 @@ LAM = jnp.linspace(-20, 20, 8)
 COND = {"label": jnp.arange(8) % (CLASSES + 1)}
 
 
+def test_a_student_has_its_teachers_parameters_and_what_reads_w(params, apply):
+    """Which starts at zero; once it does not, w moves the output, for each image by itself."""
+    student = tiny(w_embedding=True)
+    shapes = network.shapes(network.make("unet", **TINY, w_embedding=True))
+    assert jax.tree.structure({**params, "strength": 0}) == jax.tree.structure(
+        {**shapes, "strength": 0}
+    )
+    made = QUICK(student.init)(jax.random.key(0))["strength"]
+    assert not np.any(made["out"]["kernel"]) and np.any(made["hidden"]["kernel"])
+    say = QUICK(student.apply)
+    w = jnp.linspace(0, 4, 8)
+    said = apply(params, Z, LAM, COND)
+    np.testing.assert_array_equal(say({**params, "strength": made}, Z, LAM, {**COND, "w": w}), said)
+    made["out"]["kernel"] += 0.1
+    one, other = (
+        say({**params, "strength": made}, Z, LAM, {**COND, "w": v}) for v in (w, w.at[3].add(0.5))
+    )
+    changed = np.any(np.asarray(one != other), axis=(1, 2, 3))
+    assert changed.tolist() == [i == 3 for i in range(8)]
+
+
 # --- layers ---
 
 

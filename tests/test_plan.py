@@ -46,6 +46,17 @@ def test_a_plan_for_this_machine(cli, tiny, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_students_step_is_planned_with_its_teacher(cli, tiny, tmp_path):
+    """Two passes forward of the teacher, three for the student's gradient; sampling takes one."""
+    flags = ("--config=digits_distilled", "--topology=cpu:2")
+    report, told = report_of(cli, tmp_path, *tiny[1:], *flags)
+    step, sampler = report["step"], report["sampler"]
+    assert 0.9 < step["flops_ratio"] < 1.05
+    assert 1.4 < sampler["model_flops"] / step["model_flops"] < 1.8, "8 passes by 2 + 3"
+    assert "8 levels, one pass at each" in told
+
+
+@pytest.mark.slow
 def test_variants_side_by_side(cli, tiny, tmp_path):
     flags = ("--topology=cpu:4", "--nosampler", "--variants=remat=blocks,fsdp=2")
     report, told = report_of(cli, tmp_path, *tiny, *flags)

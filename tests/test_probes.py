@@ -17,8 +17,27 @@ def outputs_of(row, shake=0.0):
 
     network = Network(init=None, apply=apply)
     params = {"table": jnp.array([0.0, 0.0, 0.0, 0.0])}  # three classes and null, all of them zero
-    outputs = probes.label_outputs(network, image_shape=(4, 4, 1), null_label=3)
+    outputs = probes.outputs(network, (4, 4, 1), {"label": jnp.array([0, 2, 3])})
     return np.asarray(outputs(params, shake))
+
+
+@pytest.mark.parametrize(
+    "deaf, told", [(None, None), ("label", "two labels"), ("w", "two strengths")]
+)
+def test_a_student_that_does_not_hear_its_label_or_w_is_found(deaf, told):
+    def apply(params, z, lam, cond, key=None):
+        heard = {k: 0 * v if k == deaf else v for k, v in cond.items()}
+        said = params["a"].sum() * heard["label"] + params["b"].sum() * heard["w"]
+        return z + said[:, None, None, None]
+
+    cond = {"label": jnp.array([0.0, 9.0, 0.0]), "w": jnp.array([4.0, 4.0, 0.0])}
+    outputs = probes.outputs(Network(init=None, apply=apply), (4, 4, 1), cond)
+    said = np.asarray(outputs({"a": jnp.zeros(3), "b": jnp.zeros(3)}, 0.1))
+    if deaf is None:
+        probes.student_listens(said)
+    else:
+        with pytest.raises(probes.ProbeError, match=told):
+            probes.student_listens(said)
 
 
 def test_a_label_with_a_row_of_its_own_passes_once_shaken():

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from faults import assert_equal, distance, final_state, run_together
 
-from cfg_jax import experiment, generator, hlo, traffic, train, train_step
-from cfg_jax.models import affine
+from cfg_jax import experiment, generator, hlo, reconstruct, traffic, train, train_step
+from cfg_jax.models import affine, weights
 from cfg_jax.runtime import checkpoint, profile, window
 from cfg_jax.runtime import mesh as meshes
 from cfg_jax.types import UsageError
@@ -180,6 +180,41 @@ def test_one_and_two_processes_train_the_same(cli, tiny, tmp_path):
         run_together(cli, count, "sample", *out)
     ours, theirs = (np.load(w / "samples.npz")["images"] for w in (alone, together))
     assert np.abs(ours.astype(int) - theirs).max() <= 1
+
+
+@pytest.mark.slow
+def test_averages_are_kept_and_other_lengths_made_of_them(cli, tiny, tmp_path):
+    """Stopped and gone on, or not, the same files; a length that was kept is made to 1e-3."""
+    kept = ["--config.ema.lengths=(0.05,0.1)", "--config.ema.snapshot_every=5"]
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    for workdir, steps in ((straight, 30), (stopped, 15), (stopped, 30)):
+        run = [*tiny, *kept, f"--workdir={workdir}", f"--config.train.steps={steps}"]
+        result = cli("train", *run)
+        assert result.status == 0, result.err[-3000:]
+    assert_equal(final_state(stopped), final_state(straight))
+    there = [
+        {at: weights.flatten(weights.load_safetensors(path)[0]) for at, path in files.items()}
+        for files in (reconstruct.kept(straight), reconstruct.kept(stopped))
+    ]
+    assert list(there[0]) == [(at, s) for at in range(5, 31, 5) for s in (0.05, 0.1)]
+    for at, params in there[0].items():
+        assert_equal(there[1][at], params)
+    result = cli("reconstruct", f"--workdir={stopped}", "--length=0.05,0.08")
+    assert result.status == 0, result.err[-3000:]
+    paths = [line.split(": ")[0] for line in result.out.splitlines()]
+    same, between = (weights.flatten(weights.load_safetensors(path)[0]) for path in paths)
+    short, long = there[0][30, 0.05], there[0][30, 0.1]
+    for name, value in short.items():
+        np.testing.assert_allclose(same[name], value, atol=1e-3 * np.abs(value).max() + 1e-7)
+    apart = {name: np.linalg.norm(short[name] - long[name]) for name in short}
+    name = max(apart, key=apart.get)
+    for end in (short, long):
+        assert np.linalg.norm(between[name] - end[name]) < apart[name]
+    assert generator.saved_config(paths[1]) == generator.saved_config(str(stopped))
+    with pytest.raises(UsageError, match="5, 10, 15, 20, 25, 30"):
+        reconstruct.make(stopped, 0.05, 12)
+    reconstruct.forget(stopped)
+    assert not reconstruct.kept(stopped) and (stopped / "ema").exists()
 
 
 def test_metrics_name_the_step_that_went_wrong():

@@ -188,6 +188,25 @@ class ScaledNoise:
         return scaled
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Distilled:
+    """No rule at all: a student (`losses.Distillation`) was told w with its label, and has mixed
+    the two passes in one.
+    """
+
+    second: ClassVar[str | None] = None
+    keeps_pair: ClassVar[bool] = True
+    w: float | Array = 0.0
+
+    def passes(self, lams: Array) -> tuple[int, int]:
+        return len(lams), 0
+
+    def __call__(self, denoiser: Denoiser, unused: Denoiser | None = None, /) -> Denoiser:
+        del unused
+        return denoiser
+
+
 GUIDANCE = {
     "classifier_free": ClassifierFree,
     "classifier": ClassifierGuidance,
@@ -202,4 +221,5 @@ GUIDANCE = {
     "dynamic_threshold": corrections.DynamicThreshold,
     "scaled_score": ScaledScore,
     "scaled_noise": ScaledNoise,
+    "distilled": Distilled,
 }

@@ -95,11 +95,13 @@ class Reading(NamedTuple):
     """What a network's output means.
 
     target(x, eps, lam) is what it is trained to say; read(z, output, lam) turns it into a
-    Prediction.
+    Prediction. in_eps(lam) is the square error of eps for a square error of 1 in the output, at a
+    given z.
     """
 
     target: Callable[[Array, Array, Array], Array]
     read: Callable[[Array, Array, Array], Prediction]
+    in_eps: Callable[[Array], Array]
 
 
 def _read_eps(z, output, lam):
@@ -123,9 +125,9 @@ def _read_velocity(z, output, lam):
     )
 
 
-EPS = Reading(target=lambda x, eps, lam: eps, read=_read_eps)
-X = Reading(target=lambda x, eps, lam: x, read=_read_x)
+EPS = Reading(target=lambda x, eps, lam: eps, read=_read_eps, in_eps=jnp.ones_like)
+X = Reading(target=lambda x, eps, lam: x, read=_read_x, in_eps=jnp.exp)
 # velocity = alpha eps - sigma x, the "v-prediction" of Salimans & Ho (2022).
-VELOCITY = Reading(target=_velocity, read=_read_velocity)
+VELOCITY = Reading(target=_velocity, read=_read_velocity, in_eps=jax.nn.sigmoid)
 
 READINGS = {"eps": EPS, "x": X, "velocity": VELOCITY}

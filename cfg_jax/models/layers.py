@@ -296,6 +296,22 @@ class TimeEmbedding(nnx.Module):
         return self.out(nnx.silu(self.hidden(sinusoid(s, self.channels))))
 
 
+class StrengthEmbedding(nnx.Module):
+    """w [B] -> MLP(sinusoid(250 w)) [B, 4 channels], zero at initialisation, float32 in any case.
+
+    Meng et al. (2023) embed w as the time is; here w = 4, the largest of theirs, takes the place of
+    the time 1000.
+    """
+
+    def __init__(self, rngs, channels):
+        self.hidden = Linear(rngs, channels, 4 * channels)
+        self.out = Linear(rngs, 4 * channels, 4 * channels, zero=True)
+        self.channels = channels
+
+    def __call__(self, w: Array) -> Array:
+        return self.out(nnx.silu(self.hidden(sinusoid(250 * w, self.channels))))
+
+
 class LabelEmbedding(nnx.Module):
     """label [B] -> its row [B, width]. A label without a row gives NaN, not another label's row."""
 

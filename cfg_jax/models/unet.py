@@ -172,12 +172,14 @@ class Encoder(nnx.Module):
 
 
 class UNet(nnx.Module):
-    """(z [B, H, W, C], s [B], {"label": [B]}, key=None) -> float32 [B, H, W, out_channels].
+    """(z [B, H, W, C], s [B], {"label": [B], "w": [B]}, key=None) -> float32 [B, H, W,
+    out_channels].
 
     s is what enters the sinusoid: a reading of lambda between about 0 and 1000. The null label is
-    `num_classes`, the last row of the embedding; a label that has no row gives NaN. The output is
-    zero at initialisation. Raises UsageError, when built, for fields that do not fit together.
-    Dhariwal & Nichol (2021), section 3 and table 11.
+    `num_classes`, the last row of the embedding; a label that has no row gives NaN. w, the strength
+    of guidance, is read with `w_embedding` only, which changes nothing at initialisation. The
+    output is zero at initialisation. Raises UsageError, when built, for fields that do not fit
+    together. Dhariwal & Nichol (2021), section 3 and table 11.
     """
 
     def __init__(  # the defaults are the paper's 64 x 64 network
@@ -187,6 +189,7 @@ class UNet(nnx.Module):
         image_size: int,  # the side of z in pixels
         num_classes: int | None,  # None: no label embedding, cond is not read
         null_row: bool = True,  # False: classes only, as published; then there is no null label
+        w_embedding: bool = False,  # True: a student, which is told the strength of guidance
         in_channels: int = 3,
         out_channels: int = 3,  # 6 for published weights with a learned variance
         channels: int = 192,  # at the first level
@@ -226,6 +229,7 @@ class UNet(nnx.Module):
             if num_classes is not None
             else None
         )
+        self.strength = layers.StrengthEmbedding(rngs, channels) if w_embedding else None
         self.encoder = Encoder(
             rngs,
             make,
@@ -261,6 +265,8 @@ class UNet(nnx.Module):
         embedding = self.time(s)
         if self.label is not None:
             embedding = embedding + self.label(cond["label"])
+        if self.strength is not None:
+            embedding = embedding + self.strength(cond["w"])
         embedding = nnx.silu(embedding)  # every block begins with it: once for all of them
         keys = layers.keys(key)
         h, skips = self.encoder(z, embedding, next(keys))
