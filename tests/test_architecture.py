@@ -13,7 +13,7 @@ ROOMS = ("diffusion", "models", "data", "runtime", "metrics")
 FLOORS = (
     {"types"},
     {*ROOMS, "schema", "probes", "hlo", "chips", "power_ema"},
-    {"train_step", "traffic"},
+    {"train_step", "traffic", "sections"},
     {"experiment"},
     {"request"},
     {"generator", "command", "scores"},
