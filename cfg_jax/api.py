@@ -1,38 +1,70 @@
 """The door for notebooks and scripts: a trained model as an object that samples.
 
-model = cfg_jax.load("runs/digits")
+model = cfg_jax.load("digits")
 images = model.sample([0, 3, 7], w=1.0)
 """
 
+import copy
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
 from cfg_jax import experiment
 from cfg_jax import generator as generators
 from cfg_jax.models import weights
 from cfg_jax.runtime import mesh as meshes
+from cfg_jax.types import Params, UsageError
+
+# A name of SAMPLERS or GUIDANCE, or its options too: {"name": "ancestral", "v": 0.0}. Options alone
+# are of the entry that the model's config has.
+Entry = str | Mapping[str, Any]
+
+# The models that come with the package, by name; trained/README.md says what made them.
+SHIPPED = {f.stem: f for f in (Path(__file__).parent / "trained").glob("*.safetensors")}
 
 
 class Model:
-    """A trained model on this machine's devices. Made by `load`."""
+    """A trained model on this machine's devices. Made by `load`.
 
-    def __init__(self, generator: generators.Generator, step: int):
-        self._generator = generator
-        self.step = step
+    `sample` and `trajectory` run the program of `python -m cfg_jax.sample`, compiled when it is
+    first needed: once for all w, labels and seeds, and again only for other steps, another sampler
+    or another rule (and for each power of two of images, up to the config's batch).
+    """
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        params: Mapping[str, Params],
+        step: int,
+        classifier: experiment.Experiment | None = None,
+    ):
+        self.step = step  # of training
+        self._config, self._params, self._classifier = config, params, classifier
+        self._generators = {}
+        self._generator()  # here a model that cannot sample, or a classifier that cannot guide it,
+        if classifier is not None:  # is refused: nothing is compiled yet
+            self._generator(guidance="classifier")
 
     @property
     def config(self) -> dict[str, Any]:
-        """The complete config that made the model."""
-        return dict(self._generator.model.config)
+        """The complete config that made the model: a copy."""
+        return copy.deepcopy(dict(self._config))
 
     @property
     def classes(self) -> tuple[str, ...]:
         """The names of the classes; a label is a place in this tuple."""
-        return tuple(self._generator.model.dataset.classes)
+        return tuple(self._generator().model.dataset.classes)
+
+    def __repr__(self) -> str:
+        dataset = self._generator().model.dataset
+        shape = "x".join(map(str, dataset.image_shape))
+        return f"<Model of {dataset.name}: {len(self.classes)} classes, {shape}, step {self.step}>"
 
     def sample(
         self,
@@ -41,14 +73,42 @@ class Model:
         *,
         seed: int = 0,
         index: Sequence[int] | None = None,
+        steps: int | None = None,
+        sampler: Entry | None = None,
+        guidance: Entry | None = None,
     ) -> np.ndarray:
         """Guided samples, uint8 [N, H, W, C], one a label.
 
-        w is the paper's strength (scale - 1), one number or one a label; sweeping it compiles once.
-        Image i depends on (seed, index[i]), its label and its w alone, with index 0, 1, ... by
-        default. Raises UsageError for a label outside the classes, w < -1, or a seed out of range.
+        w is the paper's strength (scale - 1), one number or one a label. Image i depends on (seed,
+        index[i]), its label and its w alone, with index 0, 1, ... by default. `steps`, `sampler`
+        and `guidance` take the place of what the config's `sample` section says. Raises UsageError
+        for a label outside the classes, w < -1, a seed out of range, or names that are not known.
         """
-        return self._generator(labels, w, seed=seed, index=index)
+        generator = self._generator(steps, sampler, guidance)
+        return generator(labels, w, seed=seed, index=index)
+
+    def trajectory(
+        self,
+        labels: Sequence[int],
+        w: float | Sequence[float] = 0.0,
+        *,
+        every: int = 1,
+        seed: int = 0,
+        index: Sequence[int] | None = None,
+        steps: int | None = None,
+        sampler: Entry | None = None,
+        guidance: Entry | None = None,
+    ) -> np.ndarray:
+        """The clean estimates along the chain, uint8 [T, N, H, W, C]: what x is thought to be.
+
+        Of T noise levels the last is kept, which is the image that `sample` returns, and each
+        `every`-th before it. The device holds all T of a batch at once. Else as `sample`.
+        """
+        if every < 1:
+            raise UsageError(f"every={every}: 1 keeps every estimate, 2 every second one.")
+        generator = self._generator(steps, sampler, guidance, along=True)
+        estimates = generator(labels, w, seed=seed, index=index)  # [N, T, H, W, C]
+        return np.moveaxis(estimates, 1, 0)[::-1][::every][::-1]
 
     def save(self, path: str, *, dtype: str = "float32") -> None:
         """Writes the EMA and its config as .safetensors, which `load` and the jobs read back.
@@ -59,19 +119,83 @@ class Model:
         dataset = {**self.config["dataset"], "data_dir": None}
         config = {**self.config, "dataset": dataset}
         metadata = {"config": json.dumps(config), "step": str(self.step)}
-        params = jax.device_get(self._generator.params["model"])
-        weights.save_safetensors(path, params, metadata, dtype=dtype)
+        weights.save_safetensors(path, jax.device_get(self._params["model"]), metadata, dtype=dtype)
+
+    def _generator(
+        self,
+        steps: int | None = None,
+        sampler: Entry | None = None,
+        guidance: Entry | None = None,
+        *,
+        along: bool = False,
+    ) -> generators.Generator:
+        """The program of these settings, the config's where they are None; equal ones share it."""
+        own = self._config["sample"]
+        chain = {
+            **own,
+            "steps": own["steps"] if steps is None else steps,
+            "sampler": _merged(own["sampler"], sampler),
+            "guidance": _merged(own["guidance"], guidance),
+        }
+        config = experiment.SCHEMA.complete({**self._config, "sample": chain})
+        key = json.dumps([config["sample"], along], sort_keys=True)
+        if key not in self._generators:
+            model, classifier, params = experiment.build(config), None, self._params
+            if model.guidance().second == "classifier":
+                classifier = self._classifier
+                if classifier is None:
+                    raise UsageError(
+                        f"guidance={model.sample.guidance['name']!r} needs a noisy classifier of "
+                        "these images: cfg_jax.load(PATH, classifier=DIR)."
+                    )
+            else:
+                params = {"model": params["model"]}
+            generators.check_guidance(model, classifier, [])
+            self._generators[key] = generators.Generator(model, params, classifier, along=along)
+        return self._generators[key]
 
 
-def load(path: str, classifier: str | None = None) -> Model:
-    """The model in a training folder, or in a .safetensors file that `Model.save` wrote.
+def _merged(own: Mapping[str, Any], given: Entry | None) -> Mapping[str, Any]:
+    """The section of a table's entry; the config's options stay where the entry is the same."""
+    given = {"name": given} if isinstance(given, str) else given or {}
+    return {**own, **given} if given.get("name", own["name"]) == own["name"] else given
 
-    `classifier` is the folder of a noisy classifier, for a model whose config guides by one. Raises
-    UsageError where there is no model at the path.
+
+def load(path: str | os.PathLike, classifier: str | os.PathLike | None = None) -> Model:
+    """The model in a training folder (gs://BUCKET/DIR as well, with the extra [gcs]), in a
+    .safetensors file that `Model.save` wrote, or of a name that ships: "digits".
+
+    A folder of such a name is ./digits. `classifier` is a noisy classifier, a folder or a file, for
+    `guidance="classifier"` or a model whose config guides by one. Raises UsageError where there is
+    no model at the path, or the two do not go together.
     """
+    path = _find(path)
     config = generators.saved_config(path, "path")
     meshes.split_cpu(config["sample"]["batch_size"])
     model, guide = experiment.build(config), None
-    if classifier:
+    if model.is_classifier:
+        raise UsageError(
+            f"{path} holds a classifier: it guides, cfg_jax.load(MODEL, classifier={path!r}), and "
+            "does not sample."
+        )
+    step, params = generators.load_ema(path, model)
+    networks = {"model": params}
+    if classifier is not None:
+        classifier = _find(classifier)
         guide = experiment.build(generators.saved_config(classifier, "classifier"))
-    return Model(*generators.load(path, model, classifier, guide))
+        networks["classifier"] = generators.load_ema(classifier, guide)[1]
+    return Model(config, networks, step, guide)
+
+
+def _find(path: str | os.PathLike) -> str:
+    path = str(SHIPPED.get(str(path), path))
+    try:
+        found = epath.Path(path).exists()
+    except ImportError as error:  # gcsfs, for gs://
+        raise UsageError(f"{path}: {error}: pip install 'cfg_jax[gcs]'.") from error
+    if not found:
+        raise UsageError(
+            f"{path!r} is no training folder, no .safetensors file, and not the name of a model "
+            f"that ships ({', '.join(sorted(SHIPPED))})."
+        )
+    return path

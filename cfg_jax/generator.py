@@ -42,11 +42,13 @@ def reverse_chain(
     *,
     model: experiment.Experiment,
     classifier: experiment.Experiment | None = None,
+    along: bool = False,
 ) -> Array:
     """The guided reverse chain from noise to bytes: uint8 [B, H, W, C].
 
     params {"model": ..., "classifier": ...}; label, index int32 [B]; w [] or [B]; seed []. Image
-    i's draws come from (seed, index[i]) alone.
+    i's draws come from (seed, index[i]) alone. With `along`, all clean estimates along the chain,
+    [B, T, H, W, C], the image last.
     """
 
     def bind(label: Array):
@@ -67,7 +69,8 @@ def reverse_chain(
     noise = samplers.seeded_noise(keys(seed, index), model.dataset.image_shape)
     if hasattr(rule, "draws"):
         noise = rule.draws(noise)
-    return images.to_uint8(model.sampler(guided, noise, model.lams()).x)
+    path = model.sampler(guided, noise, model.lams())
+    return images.to_uint8(jnp.moveaxis(path.xs, 0, 1) if along else path.x)
 
 
 def batch_size(model: experiment.Experiment, mesh: Mesh) -> int:
@@ -76,7 +79,11 @@ def batch_size(model: experiment.Experiment, mesh: Mesh) -> int:
 
 
 def program(
-    model: experiment.Experiment, mesh: Mesh, classifier: experiment.Experiment | None = None
+    model: experiment.Experiment,
+    mesh: Mesh,
+    classifier: experiment.Experiment | None = None,
+    *,
+    along: bool = False,
 ):
     """`reverse_chain`, jitted for a mesh: (params, label, index, w, seed) -> uint8 [B, H, W, C].
 
@@ -88,7 +95,7 @@ def program(
 
     def run(params: dict[str, Params], *request: Array) -> Array:
         params = {name: whole[name](tree) for name, tree in params.items()}
-        return reverse_chain(params, *request, model=model, classifier=classifier)
+        return reverse_chain(params, *request, model=model, classifier=classifier, along=along)
 
     return jax.jit(
         run,
@@ -161,7 +168,8 @@ class Generator:
     labels.
 
     params {"model": ...} and, for classifier guidance, "classifier"; on `mesh`, all devices if none
-    is given.
+    is given. With `along`, all that it makes has the chain's levels as an axis more: uint8 [N, T,
+    H, W, C], the clean estimates, of which the last is the image.
     """
 
     def __init__(
@@ -171,12 +179,13 @@ class Generator:
         classifier: experiment.Experiment | None = None,
         *,
         mesh: Mesh | None = None,
+        along: bool = False,
     ):
         self.model, self.classifier = model, classifier
         self.mesh = mesh or meshes.make_mesh()
         self.params = params
         self.batch_size = batch_size(model, self.mesh)
-        self._program = program(model, self.mesh, classifier)
+        self._program = program(model, self.mesh, classifier, along=along)
 
     def batch(self, labels: np.ndarray, index: np.ndarray, w, seed: int) -> np.ndarray:
         """Images for up to batch_size labels, uint8 [N, H, W, C]; w a number or one a label [N].
