@@ -45,13 +45,15 @@ def reverse_chain(
     *,
     model: experiment.Experiment,
     guide: experiment.Experiment | None = None,
+    along: bool = False,
 ) -> Array:
     """The guided reverse chain from noise to bytes: uint8 [B, H, W, C].
 
     params {"model": ..., and "classifier" or "weak": ...}; label, reference int32 [B], or [B, K]
     where K labels are mixed; index int32 [B]; rule with its w [] or [B]; seed []. The reference is
     the denoiser of its labels, of the weak model where there is one. Image i's draws come from
-    (seed, index[i]) alone.
+    (seed, index[i]) alone. With `along`, all clean estimates along the chain, [B, T, H, W, C], the
+    image last.
     """
 
     def bind(labels: Array, of: experiment.Experiment = model, name: str = "model"):
@@ -77,7 +79,8 @@ def reverse_chain(
     noise = samplers.seeded_noise(keys(seed, index), model.dataset.image_shape)
     if hasattr(rule, "draws"):
         noise = rule.draws(noise)
-    return images.to_uint8(model.sampler(guided, noise, request.levels(model)).x)
+    path = model.sampler(guided, noise, request.levels(model))
+    return images.to_uint8(jnp.moveaxis(path.xs, 0, 1) if along else path.x)
 
 
 def batch_size(model: experiment.Experiment, mesh: Mesh) -> int:
@@ -85,7 +88,13 @@ def batch_size(model: experiment.Experiment, mesh: Mesh) -> int:
     return -(-model.sample.batch_size // mesh.size) * mesh.size
 
 
-def program(model: experiment.Experiment, mesh: Mesh, guide: experiment.Experiment | None = None):
+def program(
+    model: experiment.Experiment,
+    mesh: Mesh,
+    guide: experiment.Experiment | None = None,
+    *,
+    along: bool = False,
+):
     """`reverse_chain`, jitted for a mesh: (params, label, reference, index, rule, seed) -> uint8
     [B, H, W, C].
 
@@ -97,7 +106,7 @@ def program(model: experiment.Experiment, mesh: Mesh, guide: experiment.Experime
 
     def run(params: dict[str, Params], *asked: Any) -> Array:
         params = {name: whole[name](tree) for name, tree in params.items()}
-        return reverse_chain(params, *asked, model=model, guide=guide)
+        return reverse_chain(params, *asked, model=model, guide=guide, along=along)
 
     return jax.jit(
         run,
@@ -111,7 +120,8 @@ class Generator:
     and numbers of its guidance rule.
 
     params {"model": ...} and, where a second network guides, "classifier" or "weak"; on `mesh`, all
-    devices if none is given.
+    devices if none is given. With `along`, all that it makes has the chain's levels as an axis
+    more: uint8 [N, T, H, W, C], the clean estimates, of which the last is the image.
     """
 
     def __init__(
@@ -121,12 +131,13 @@ class Generator:
         guide: experiment.Experiment | None = None,
         *,
         mesh: Mesh | None = None,
+        along: bool = False,
     ):
         self.model, self.guide = model, guide
         self.mesh = mesh or meshes.make_mesh()
         self.params = params
         self.batch_size = batch_size(model, self.mesh)
-        self._program = program(model, self.mesh, guide)
+        self._program = program(model, self.mesh, guide, along=along)
 
     def filled(self, count: int) -> int:
         """How many rows a batch of `count` has on the devices: a power of two on each, so that few

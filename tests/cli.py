@@ -86,15 +86,26 @@ class Cli:
             | (env or {}),
         )
 
-    def start(self, job: str, *args: str, env: dict[str, str] | None = None) -> Running:
+    def start(
+        self,
+        job: str,
+        *args: str,
+        env: dict[str, str] | None = None,
+        cwd: Path | None = None,
+        parse_only: Mapping[str, str] | None = None,
+    ) -> Running:
+        """Starts the job. With `parse_only` it reads its flags and config, and goes no further; the
+        config of a workdir is that of the name it has there.
+        """
         folder = tempfile.mkdtemp(prefix="cfg_jax_cli_")
         request = {"job": job, "args": list(args), "env": env or {}, "folder": folder}
+        request |= {"cwd": str(cwd or Path.cwd()), "parse_only": parse_only}
         self._zygote.stdin.write(json.dumps(request) + "\n")
         self._zygote.stdin.flush()
         return Running(int(self._zygote.stdout.readline()), Path(folder))
 
-    def __call__(self, job: str, *args: str, env: dict[str, str] | None = None) -> Result:
-        return self.start(job, *args, env=env).wait()
+    def __call__(self, job: str, *args: str, **options) -> Result:
+        return self.start(job, *args, **options).wait()
 
     def close(self) -> None:
         self._zygote.stdin.close()
@@ -107,6 +118,9 @@ def _run_job(request: dict) -> None:
     for name, number in (("out", 1), ("err", 2)):
         os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), number)
     os.environ.update(request["env"])
+    os.chdir(request["cwd"])
+    if request["parse_only"] is not None:
+        _parse_only(request["parse_only"])
     sys.argv = [request["job"], *request["args"]]
     status = 1
     try:
@@ -123,6 +137,16 @@ def _run_job(request: dict) -> None:
     if jax.distributed.is_initialized():
         jax.distributed.shutdown()  # as at the end of a process of its own: waits for the others
     os._exit(status)
+
+
+def _parse_only(configs: Mapping[str, str]) -> None:
+    from cfg_jax import command, experiment, generator
+
+    run = command.run
+    command.run = lambda main, config=None: run(lambda *config: None, config)
+    generator.saved_config = lambda path, flag="": experiment.SCHEMA.complete(
+        experiment.load_config(configs[path])
+    )
 
 
 def _mind_job(request: dict) -> None:

@@ -22,7 +22,7 @@ FLOORS = (
     {"panel"},
     {
         *("prepare", "start", "train", "reconstruct", "sample", "sweep", "evaluate", "watch"),
-        *("programs", "plan", "curve", "report", "api"),
+        *("programs", "plan", "curve", "report", "figure2", "api"),
     },
 )
 # A library and the places that may know it.
@@ -35,7 +35,7 @@ KNOWS = {
     "grain": {"data"},
     "ml_collections": {"schema", "command"},
     "tensorflow": {"data"},
-    "matplotlib": {"curve"},
+    "matplotlib": {"curve", "figure2"},
     "torch": set(),
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

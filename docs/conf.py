@@ -1,0 +1,73 @@
+"""The pages in docs/ as HTML: python -m sphinx --fail-on-warning docs DIR"""
+
+import re
+from pathlib import Path
+
+import cfg_jax
+
+project = "cfg_jax"
+release = cfg_jax.__version__
+copyright = "the authors of cfg_jax"
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.viewcode",
+]
+myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 3
+exclude_patterns = ["_build"]
+templates_path = ["_templates"]
+html_theme = "furo"
+html_title = "cfg_jax"
+html_theme_options = {"source_repository": "https://github.com/OWNER/cfg_jax"} | {
+    "source_branch": "main",
+    "source_directory": "docs/",
+}
+
+autosummary_generate = True  # a page for every module of the package, into docs/generated/
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_preserve_defaults = True
+
+
+def to_restructured_text(app, what, name, obj, options, lines):
+    """Docstrings are plain text with `code`, indented formulas and commands, and lists."""
+    out, literal = [], False
+    for before, line in zip(["", *lines], lines):
+        indented = line.startswith("    ")
+        if indented and not literal and not before.strip():
+            out += ["::", ""]
+            literal = True
+        elif line.strip() and not indented:
+            literal = False
+        out.append(line if literal else _prose(line))
+    lines[:] = out
+
+
+def _prose(line):
+    parts = re.split(r"`([^`]+)`", line)
+    parts[::2] = [re.sub(r"([*|\\]|_\b|`)", r"\\\1", text) for text in parts[::2]]
+    parts[1::2] = [f"``{code}``\\ " for code in parts[1::2]]  # a letter may follow
+    return "".join(parts)
+
+
+def skip(app, what, name, obj, skipped, options):
+    """The fields of a NamedTuple have comments, and docstrings that say nothing."""
+    return skipped or (getattr(obj, "__doc__", None) or "").startswith("Alias for field") or None
+
+
+def leave_out_what_is_not_there(app, docname, source):
+    """index.md lists pages, a name on a line, that may be written later."""
+    if docname == "index":
+        lines = source[0].splitlines()
+        pages = {page.stem for page in Path(app.srcdir).glob("*.md")}
+        source[0] = "\n".join(x for x in lines if x in pages or not re.fullmatch(r"\w+", x))
+
+
+def setup(app):
+    app.connect("source-read", leave_out_what_is_not_there)
+    app.connect("autodoc-process-docstring", to_restructured_text)
+    app.connect("autodoc-skip-member", skip)
