@@ -100,7 +100,7 @@ def _take_config(argv: list[str]) -> tuple[list[str], dict[str, str]]:
     out, typed = argv[:1], {}
     rest = iter(argv[1:])
     for arg in rest:
-        if re.fullmatch(r"--?(config(\.[\w.]+)?|workdir)", arg):
+        if re.fullmatch(r"--?(config(\.[\w.]+)?|workdir|samples|make_reference)", arg):
             arg = f"{arg}={next(rest, '')}"
         match = re.fullmatch(r"(--?config\.([\w.]+))=(.*)", arg, re.DOTALL)
         if match and match[2] in experiment.SCHEMA.tables:

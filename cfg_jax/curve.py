@@ -49,7 +49,9 @@ def title(name: str) -> str:
 
 def axes_of_figure(scores: Sequence[str]) -> tuple[str, str]:
     """Which scores the large curve is of: (Frechet distance, inception score)."""
-    return scores[0], next(name for name in scores if name.partition("_")[0] == "is")
+    if "fid" in scores:
+        return "fid", "is"
+    return scores[0], next(name for name in scores if name.startswith("is_"))
 
 
 def of_paper(sweep: Sweep) -> dict[str, list[paper.Row]]:
@@ -83,7 +85,7 @@ def draw(sweep: Sweep) -> bytes:
     for (setting, rows), grey in zip(of_paper(sweep).items(), _cycle(("0.3", "0.5", "0.7"))):
         style = {"color": grey, "linestyle": ":", "marker": ".", "linewidth": 1, "zorder": 1}
         w, fid, inception = zip(*rows, strict=True)
-        axes["curve"].plot(inception, fid, label=f"the paper, {setting}", **style)
+        axes["curve"].plot(inception, fid, label=f"the paper (50,000 images), {setting}", **style)
         axes[fd].plot(w, fid, **style)
         axes[score].plot(w, inception, **style)
     axes["curve"].set(xlabel=title(score), ylabel=title(fd))

@@ -49,7 +49,7 @@ BATCH = 128  # images at a time, where no config says how many
 def _define_flags() -> None:
     flags.DEFINE_string("workdir", None, "The folder of a trained model.")
     flags.DEFINE_string("w", "0,0.1,0.3,0.5,1,2,4", "Guidance strengths (scale - 1).")
-    flags.DEFINE_integer("num_samples", 50_000, "Images a point.", lower_bound=2)
+    flags.DEFINE_integer("num_samples", 50_000, "Images a point.", lower_bound=scores.K + 1)
     flags.DEFINE_integer("seed", 0, "Image i of every point starts from the same noise.")
     flags.DEFINE_string("features", "judge", f"Who look, of {', '.join(features.FEATURES)}.")
     flags.DEFINE_string("judge", None, "The folder of a classifier of clean images.")
@@ -97,6 +97,10 @@ def main(config: dict[str, Any] | None = None) -> None:
     names = FLAGS.features.split(",")
     if len(names) > 1 and (FLAGS.reference or FLAGS.make_reference):
         raise UsageError(f"--features={FLAGS.features}: a reference is of one name only.")
+    if FLAGS.make_reference and (FLAGS.reference or FLAGS.samples):
+        raise UsageError("--make_reference goes with neither --reference nor --samples.")
+    if FLAGS.samples and FLAGS.workdir:
+        raise UsageError(f"--samples={FLAGS.samples} are scored alone: leave --workdir out.")
     if FLAGS.samples is not None:
         score_samples(names)
     elif FLAGS.make_reference is not None:
@@ -107,10 +111,13 @@ def main(config: dict[str, Any] | None = None) -> None:
 
 def make_reference(name: str, config: dict[str, Any]) -> None:
     """Writes the images of the config's data set as a reference."""
-    dataset = experiment.build(config).dataset
-    (look,) = panel.extractors([name], meshes.make_mesh(), FLAGS.judge)
+    model = experiment.build(config)
+    dataset = model.dataset
+    looks = panel.extractors([name], meshes.make_mesh(), FLAGS.judge)
+    panel.check_judge(looks, model)
+    sample.make_folder(epath.Path(FLAGS.make_reference).parent)
     bar = runlog.progress_bar(len(dataset.load(dataset.split)), "image")
-    made = reference.of_dataset(look, dataset, bar.update)
+    made = reference.of_dataset(looks[0], dataset, bar.update)
     bar.close()
     if jax.process_index() == 0:
         reference.save(FLAGS.make_reference, made)
@@ -127,6 +134,9 @@ def score_samples(names: list[str]) -> None:
     made = reference.arrays_of("--samples", FLAGS.samples, ("arr_0",))["arr_0"]
     looks = panel.extractors(names, meshes.make_mesh(), FLAGS.judge)
     against = reference.load(FLAGS.reference, looks[0], image_shape=made.shape[1:])
+    out = epath.Path(FLAGS.out or epath.Path(FLAGS.samples).parent)
+    if jax.process_index() == 0:
+        sample.make_folder(out)
     bar = runlog.progress_bar(len(made), "image")
     seen = looks[0](made, bar.update)
     bar.close()
@@ -134,8 +144,6 @@ def score_samples(names: list[str]) -> None:
     scored = {name: s.summary() for name, s in judges.score([seen], None).items()}
     recipe = {"samples": FLAGS.samples, "images": len(made), **judges.recipe()}
     if jax.process_index() == 0:
-        out = epath.Path(FLAGS.out or epath.Path(FLAGS.samples).parent)
-        sample.make_folder(out)
         report.write_scores(out, {"recipe": recipe | {"versions": versions()}, "scores": scored})
         for name, score in scored.items():
             print(f"{name}: {score['value']:.4f}")
@@ -163,15 +171,21 @@ def sweep_over_w(names: list[str], config: dict[str, Any]) -> None:
     fingerprints = {n: features.fingerprint(params) for n, (_, params) in networks.items()}
     home = epath.Path(FLAGS.workdir)
     out = epath.Path(FLAGS.out or (home.parent if home.is_file() else home) / "sweep")
+    if jax.process_index() == 0:
+        sample.make_folder(out)
     if FLAGS.reference is not None:
         shape, how = dataset.image_shape, dataset.resize
         against = reference.load(FLAGS.reference, looks[0], image_shape=shape, resize=how)
         judges, held_out = panel.Panel(looks, [against]), None
     else:
-        judges = panel.Panel.against_dataset(looks, dataset)
+        judges = panel.Panel.against_dataset(looks, dataset, out / "real")
         held_out = judges.held_out(dataset)
-    if jax.process_index() == 0:
-        sample.make_folder(out)
+    # What training saw, whatever the images are compared with now.
+    learned = experiment.build(generator.saved_config(FLAGS.workdir)).dataset
+    labels = sweep.LABELS[FLAGS.labels](FLAGS.num_samples, learned)
+    label_rule = FLAGS.labels
+    if label_rule == "training":
+        label_rule = f"as in {learned.name}, {learned.split}"
     recipe = {
         "workdir": FLAGS.workdir,
         "config": config,
@@ -182,7 +196,7 @@ def sweep_over_w(names: list[str], config: dict[str, Any]) -> None:
         "guidance": of_rules,
         "w": w,
         "num_samples": FLAGS.num_samples,
-        "labels": FLAGS.labels,
+        "labels": label_rule,
         "seed": FLAGS.seed,
         **judges.recipe(),
         "held_out": held_out,
@@ -191,7 +205,6 @@ def sweep_over_w(names: list[str], config: dict[str, Any]) -> None:
     }
     results = {"recipe": recipe, "points": []}
     bar = runlog.progress_bar(len(of_rules) * len(w) * FLAGS.num_samples, "image")
-    labels = sweep.LABELS[FLAGS.labels](FLAGS.num_samples, dataset)
     shown = report.columns(labels, dataset.num_classes)
     grids = {}
     for name in of_rules:
@@ -204,7 +217,7 @@ def sweep_over_w(names: list[str], config: dict[str, Any]) -> None:
                 sampled=sampled,
                 w=strength,
                 seed=FLAGS.seed,
-                label_rule=FLAGS.labels,
+                label_rule=label_rule,
                 labels=labels,
                 fingerprints={n: fingerprints[n] for n in used},
                 folder=out,

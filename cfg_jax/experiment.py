@@ -191,9 +191,8 @@ def build(config: Mapping[str, Any]) -> Experiment:
         )
     teacher = None
     if is_student:  # the same network without w, trained as the paper's
-        rule = {"guidance": {"name": "classifier_free"}}
-        section = {"loss": {"name": "denoising"}, "sample": {**config["sample"], **rule}}
-        teacher = build({**config, **section})
+        sampled = {**config["sample"], "guidance": {"name": "classifier_free"}}
+        teacher = build({**config, "loss": {"name": "denoising"}, "sample": sampled})
     height, size, channels = dataset.image_shape
     if height != size:
         raise UsageError(

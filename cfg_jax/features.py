@@ -20,6 +20,7 @@ from cfg_jax.models import efficientnet_lite0, inception, published
 from cfg_jax.runtime import mesh as meshes
 from cfg_jax.types import Array, Params, UsageError
 
+VERSION = b""  # of what is done with parameters: another one when features change without them
 # What an extractor says of B images: "features" [B, D] and "logits" [B, K], and "spatial" [B, S]
 # where it has features of places as well; float32.
 Seen = Mapping[str, np.ndarray]
@@ -55,10 +56,24 @@ class Extractor:
     @functools.cached_property
     def _program(self):
         return jax.jit(
-            self.look,
+            self.in_parts,
             out_shardings=meshes.batch_sharding(self.mesh),
             compiler_options=meshes.compiler_options(self.mesh),
         )
+
+    def in_parts(self, params: Params, batch: Array) -> dict[str, Array]:
+        """`look`, at no more than `batch_size` images at a time, in turn.
+
+        Part k of n has rows k, k + n, ...: an equal share of what each device has.
+        """
+        rows = len(batch) // self.mesh.size
+        most = max(self.batch_size // self.mesh.size, 1)
+        count = next(n for n in range(-(-rows // most), rows + 1) if rows % n == 0)
+        if count == 1:
+            return self.look(params, batch)
+        parts = batch.reshape(-1, count, *batch.shape[1:]).swapaxes(0, 1)
+        seen = jax.lax.map(lambda part: self.look(params, part), parts)
+        return jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(len(batch), *a.shape[2:]), seen)
 
     def batch(self, batch: Array) -> dict[str, np.ndarray]:
         """What it sees in uint8 [B, H, W, C] that lie over the mesh, B a multiple of its size."""
@@ -87,14 +102,14 @@ def joined(parts: Sequence[Seen]) -> dict[str, np.ndarray]:
 
 def fingerprint(params: Params) -> str:
     """Sixteen hex digits that are the same for the same parameters, to the bit."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(VERSION)
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         digest.update(jax.tree_util.keystr(path).encode())
         digest.update(np.ascontiguousarray(leaf).tobytes())
     return digest.hexdigest()[:16]
 
 
-def judge(mesh: Mesh, path: str | None) -> Extractor:
+def judge(mesh: Mesh, path: str | None, *, flag: str = "--judge") -> Extractor:
     """The judge of a data set: a classifier of clean images, trained with loss.noisy=False.
 
     Its features are what its logits are an affine map of. Raises UsageError for a path without one,
@@ -102,17 +117,19 @@ def judge(mesh: Mesh, path: str | None) -> Extractor:
     """
     if path is None:
         raise UsageError(
-            "--features=judge needs --judge=DIR, a classifier of clean images that never guides: "
+            f"the judge needs {flag}=DIR, a classifier of clean images that never guides: "
             "python -m cfg_jax.train --config=digits_judge --workdir=DIR makes one of digits."
         )
-    config = generator.saved_config(path, "--judge")
+    config = generator.saved_config(path, flag)
     classifier = experiment.build(config)
     if not classifier.is_classifier or config["loss"]["noisy"]:
         raise UsageError(
-            f"--judge={path} is no classifier of clean images: what guides must not judge; train "
+            f"{flag}={path} is no classifier of clean images: what guides must not judge; train "
             "one with loss.name=classification and loss.noisy=False."
         )
-    step, params = generator.load_ema(path, classifier)
+    shapes = jax.eval_shape(classifier.network.init, jax.random.key(0))
+    everywhere = jax.tree.map(lambda _: meshes.replicated(mesh), shapes)
+    step, params = generator.load_ema(path, classifier, everywhere)
 
     def look(params: Params, batch: Array) -> dict[str, Array]:
         z = images.to_float(batch)
@@ -166,7 +183,7 @@ FEATURES = {
         file=published.INCEPTION,
         convert=inception.from_published,
         look=_inception,
-        names={"fd": "fid", "sfd": "sfid"},
+        names={"fd": "fid", "sfd": "sfid", "is": "is"},
     ),
     # One that can be had from a package index: its distances are no FIDs.
     "efficientnet_lite0": functools.partial(

@@ -7,21 +7,29 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 
 from cfg_jax import experiment, features, reference, request, schema, scores
-from cfg_jax.runtime import logging as runlog
 from cfg_jax.types import UsageError
 
 
-def extractors(names: Sequence[str], mesh: Mesh, judge: str | None) -> list[features.Extractor]:
+def extractors(
+    names: Sequence[str], mesh: Mesh, judge: str | None, *, prefix: str = "--"
+) -> list[features.Extractor]:
     """The extractors of these names, read onto the mesh; `judge` is the folder of the one that has
-    none of its own. Raises UsageError for a name that is not known.
+    none of its own. `prefix` stands before the names of fields in what is raised: UsageError for a
+    name that is not known, and for a judge where none is asked for, or that is none.
     """
-    make = {name: schema.entry("--features", features.FEATURES, name) for name in names}
+    make = {name: schema.entry(f"{prefix}features", features.FEATURES, name) for name in names}
     if judge and "judge" not in make:
-        raise UsageError(f"--judge={judge} is not looked through: --features has no 'judge'.")
-    return [m(mesh, judge) if name == "judge" else m(mesh) for name, m in make.items()]
+        raise UsageError(
+            f"{prefix}judge={judge} is not looked through: {prefix}features has no 'judge'."
+        )
+    return [
+        m(mesh, judge, flag=f"{prefix}judge") if name == "judge" else m(mesh)
+        for name, m in make.items()
+    ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,10 +40,11 @@ class Panel:
     references: Sequence[reference.Reference]
 
     @classmethod
-    def against_dataset(cls, looks: Sequence[features.Extractor], dataset: Any) -> "Panel":
-        """With the images of the data set's split as the reference of all."""
-        runlog.say(f"looking at the real images of {dataset.name}, {dataset.split}")
-        return cls(looks, [reference.of_dataset(look, dataset) for look in looks])
+    def against_dataset(
+        cls, looks: Sequence[features.Extractor], dataset: Any, folder: epath.Path
+    ) -> "Panel":
+        """With the images of the data set's split as the reference of all, kept in the folder."""
+        return cls(looks, [reference.kept(look, dataset, folder) for look in looks])
 
     def score(
         self, seen: Sequence[features.Seen], labels: np.ndarray | None, *, resample: bool = True
@@ -50,10 +59,8 @@ class Panel:
             knows = labels is not None and look.judge is not None
             scored = scores.score(saw, labels, of.seen, knows_labels=knows, resample=resample)
             for name, score in scored.items():
-                called = look.called(name)
-                if called == name and look is not self.looks[0]:
-                    called = f"{name}_{look.name}"
-                out[called] = score
+                plain = name in look.names or look is self.looks[0]
+                out[look.called(name) if plain else f"{name}_{look.name}"] = score
         return out
 
     def held_out(self, dataset: Any) -> dict[str, Any] | None:
@@ -87,8 +94,10 @@ class Panel:
         }
 
 
-def check_judge(looks: Sequence[features.Extractor], model: experiment.Experiment) -> None:
+def check_judge(
+    looks: Sequence[features.Extractor], model: experiment.Experiment, *, prefix: str = "--"
+) -> None:
     """Raises UsageError unless the judge is one of the model's images and classes."""
     for look in looks:
         if look.judge is not None:
-            request.check_same_images("--judge", look.judge, model)
+            request.check_same_images(f"{prefix}judge", look.judge, model)

@@ -11,14 +11,18 @@ import dataclasses
 import hashlib
 import json
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 
 from cfg_jax import features, scores
 from cfg_jax.metrics import frechet, neighbours
+from cfg_jax.runtime import logging as runlog
+from cfg_jax.runtime import mesh as meshes
 from cfg_jax.types import UsageError
 
 KEPT = 10_000  # images for the metrics of neighbours, as in the published files
@@ -73,6 +77,23 @@ def of_dataset(
     return Reference(seen, np.concatenate(images), recipe)
 
 
+def kept(look: features.Extractor, dataset: Any, folder: epath.Path) -> Reference:
+    """`of_dataset`, read from the folder where it was made before, else made and kept there."""
+    of = {**dataclasses.asdict(dataset), "data_dir": None, "extractor": look.fingerprint}
+    name = hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:12]
+    path = folder / f"{look.name}_{name}.npz"
+    if meshes.all_agree(path.exists()):
+        return load(path, look, image_shape=dataset.image_shape, resize=dataset.resize)
+    runlog.say(f"looking at the real images of {dataset.name}, {dataset.split}")
+    bar = runlog.progress_bar(len(dataset.load(dataset.split)), "image")
+    made = of_dataset(look, dataset, bar.update)
+    bar.close()
+    if jax.process_index() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        save(path, made)
+    return made
+
+
 def _of_neighbours(seen: scores.Reference) -> dict[str, Any]:
     """How many images have neighbours; and "nn", their mean distance to the nearest other one."""
     nn = float(neighbours.among(seen.features).mean())
@@ -99,35 +120,41 @@ def load(
     *,
     image_shape: tuple[int, int, int],
     resize: str | None = None,
+    flag: str = "--reference",
 ) -> Reference:
     """A reference from a file of ours, or a published one, which is of the Inception graph.
 
     Raises UsageError where it is no such file, or of other features, images of another size than
     `image_shape`, or resized otherwise than by `resize`, where both are known.
     """
-    arrays = arrays_of("--reference", path, ("mu", "sigma", "arr_0"))
+    arrays = arrays_of(flag, path, ("mu", "sigma", "arr_0"))
     images = arrays["arr_0"]
     recipe = json.loads(str(arrays["recipe"])) if "recipe" in arrays else {}
     if images.shape[1:] != tuple(image_shape):
         raise UsageError(
-            f"--reference={path} is of images {list(images.shape[1:])}, and those to be scored are "
+            f"{flag}={path} is of images {list(images.shape[1:])}, and those to be scored are "
             f"{list(image_shape)}: take a reference of their size."
         )
     of = recipe.get("extractor", {"name": "inception", "parameters": None})
-    width = look(images[:1])["features"].shape[1]
-    if of["name"] != look.name or len(arrays["mu"]) != width:
+    one = jax.ShapeDtypeStruct((1, *image_shape), np.uint8)
+    if of["parameters"] not in (None, look.fingerprint) and of["name"] == look.name:
         raise UsageError(
-            f"--reference={path} has {len(arrays['mu'])} features of {of['name']}, and "
-            f"--features={look.name} sees {width}: take a reference of the same features."
+            f"{flag}={path} was made with another {look.name} than the one given: make it again "
+            "with evaluate's --make_reference."
         )
-    if of["parameters"] not in (None, look.fingerprint):
+    if of["name"] != look.name:
         raise UsageError(
-            f"--reference={path} was made with another {look.name} than the one given: make it "
-            "again with --make_reference."
+            f"{flag}={path} has features of {of['name']}, and {look.name} is to look: take a "
+            "reference of the same features."
+        )
+    width = jax.eval_shape(look.look, look.params, one)["features"].shape[1]
+    if len(arrays["mu"]) != width:
+        raise UsageError(
+            f"{flag}={path} has {len(arrays['mu'])} features, and {look.name} sees {width}."
         )
     if resize and recipe.get("resize", resize) != resize:
         raise UsageError(
-            f"--reference={path} is of images resized otherwise ({recipe['resize']}) than those "
+            f"{flag}={path} is of images resized otherwise ({recipe['resize']}) than those "
             f"that the model learned from ({resize}): their distance would be of the resizing."
         )
     rows = arrays["features"] if "features" in arrays else look(images)["features"]
@@ -152,11 +179,11 @@ def load(
 def arrays_of(flag: str, path: epath.PathLike, needed: tuple[str, ...]) -> dict[str, np.ndarray]:
     """The arrays of an .npz. Raises UsageError unless it has those needed, and arr_0 is images."""
     try:
-        with epath.Path(path).open("rb") as file, np.load(file) as found:
-            arrays = dict(found)
+        with epath.Path(path).open("rb") as file:
+            arrays = dict(np.load(file))  # a .npy is no mapping
     except FileNotFoundError:
         raise UsageError(f"{flag}={path} does not exist.") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UsageError(f"{flag}={path} is not a whole .npz file: {error}") from None
     if missing := [key for key in needed if key not in arrays]:
         raise UsageError(
@@ -164,9 +191,10 @@ def arrays_of(flag: str, path: epath.PathLike, needed: tuple[str, ...]) -> dict[
             f"published layout has {', '.join(needed)}."
         )
     images = arrays["arr_0"]
-    if images.ndim != 4 or images.dtype != np.uint8 or images.shape[-1] not in (1, 3):
+    colours = images.shape[-1:] in ((1,), (3,))
+    if images.ndim != 4 or images.dtype != np.uint8 or not colours or len(images) < 4:
         raise UsageError(
             f"{flag}={path}: arr_0 is {images.dtype} {list(images.shape)}; images are uint8 "
-            "[N, H, W, C] with 1 or 3 channels."
+            "[N, H, W, C] with 1 or 3 channels, 4 of them or more."
         )
     return arrays

@@ -60,7 +60,7 @@ def table(points: list[Point]) -> str:
     names = list(points[0]["scores"])
     rows = [["guidance", "w", "scale", "evaluations", *names]]
     for p in points:
-        scores = [f"{p['scores'][name]['value']:.3f}" for name in names]
+        scores = [number(p["scores"][name]["value"]) for name in names]
         rows.append([p["guidance"], f"{p['w']:g}", f"{p['scale']:g}", evaluations(p), *scores])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
@@ -68,6 +68,11 @@ def table(points: list[Point]) -> str:
         cells = [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
         lines.append("  ".join([first.ljust(widths[0]), *cells]))
     return "\n".join(lines)
+
+
+def number(value: float) -> str:
+    """Three decimals, or two digits where these would say nothing."""
+    return f"{value:.3f}" if abs(value) >= 0.01 or value == 0 else f"{value:.1e}"
 
 
 def evaluations(point: Point) -> str:
@@ -213,10 +218,10 @@ def _html_table(points: list[Point], held_out: Mapping[str, Any] | None) -> str:
 def _with_interval(score: Mapping[str, float] | None) -> str:
     if score is None:
         return ""
-    value = f"{score['value']:.3f}"
+    value = number(score["value"])
     if "low" in score:
-        return f"{value} <small>{score['low']:.3f} to {score['high']:.3f}</small>"
-    return f"{value} <small>± {score['error']:.3f}</small>" if "error" in score else value
+        return f"{value} <small>{number(score['low'])} to {number(score['high'])}</small>"
+    return f"{value} <small>± {number(score['error'])}</small>" if "error" in score else value
 
 
 def _data_uri(png: bytes) -> str:

@@ -79,17 +79,19 @@ class Evaluate:
     w: tuple[float, ...] = (0.0, 1.0)
     num_samples: int = 1000  # a w
     seed: int = 0
-    features: str = "judge"  # as the flags of `evaluate` of these names
+    features: str = "judge"  # one name of FEATURES
     judge: str | None = None
     reference: str | None = None
     keep_best: str | None = None  # a score, as "fd_judge": the EMA that has the best one is kept
 
     def __post_init__(self):
-        if self.every < 0 or self.num_samples < 2:
+        if self.every < 0 or self.num_samples < 4:
             raise UsageError(
-                f"evaluate.every={self.every}: 0 for none, or more; "
-                f"evaluate.num_samples={self.num_samples}: 2 or more."
+                f"evaluate.every={self.every}: 0 for none, or more; evaluate.num_samples="
+                f"{self.num_samples}: 4 or more, for three neighbours each."
             )
+        if not 0 <= self.seed < 2**32:
+            raise UsageError(f"evaluate.seed={self.seed}: must lie in 0 to 2^32 - 1.")
         if not self.w:
             raise UsageError("evaluate.w is empty: give a w, or evaluate.every=0.")
         for w in self.w:

@@ -27,10 +27,10 @@ def balanced_labels(count: int, num_classes: int) -> np.ndarray:
 
 
 def training_labels(count: int, dataset: Any) -> np.ndarray:
-    """The labels of `count` examples of the data set's split, in a random order that is always the
-    same: as often as in training.
+    """The labels of `count` examples of the data set's own split, in a random order that is always
+    the same: as often as in training.
     """
-    examples = dataset.load(dataset.split)
+    examples = dataset.load()
     rng = np.random.default_rng(0)
     rounds = -(-count // len(examples))
     order = np.concatenate([rng.permutation(len(examples)) for _ in range(rounds)])[:count]
@@ -56,7 +56,7 @@ class Point:
     sampled: generator.Generator
     w: float
     seed: int
-    label_rule: str  # a name of LABELS
+    label_rule: str  # where they come from, and so what they are
     labels: np.ndarray  # [N], what that gives
     fingerprints: dict[str, str]  # of the parameters of the sampler's networks
     folder: epath.Path | None = None  # of the sweep
@@ -84,24 +84,29 @@ class Point:
 
         What is on disk is read, and only the rest is made: images go from the reverse chain to the
         extractors on the devices. `progress` is told how many more are done. Memory: 4 N (D + K +
-        S) bytes for features, logits and features of places, and a batch of images.
+        S) bytes for features, logits and features of places, the images kept, and a batch.
         """
         store = self._store()
-        seen, kept = [[] for _ in looks], []
-        have, found = 0, 0
-        while have < len(self.labels):
+        count, (have, found) = len(self.labels), (0, 0)
+        kept = np.empty((len(keep), *self.sampled.model.dataset.image_shape), np.uint8)
+        seen = [{} for _ in looks]
+        while have < count:
             made, on_device, was_there = self._chunk(store, have)
             rows = slice(have, have + len(made))
-            for look, parts in zip(looks, seen, strict=True):
+            for look, whole in zip(looks, seen, strict=True):
                 place = store / f"{look.name}_{look.fingerprint}" if store else None
-                parts.append(self._seen(place, rows, look, on_device))
-            kept.append(made[keep[(keep >= rows.start) & (keep < rows.stop)] - have])
+                for name, part in self._seen(place, rows, look, on_device).items():
+                    if name not in whole:
+                        whole[name] = np.empty((count, *part.shape[1:]), part.dtype)
+                    whole[name][rows] = part
+            here = (keep >= rows.start) & (keep < rows.stop)
+            kept[here] = made[keep[here] - have]
             have = rows.stop
             found += was_there * len(made)
             progress(len(made))
         if found:
             runlog.say(f"{self.title}: {found} of {have} images were there already")
-        return np.concatenate(kept), [features.joined(parts) for parts in seen]
+        return kept, seen
 
     def _chunk(self, store: epath.Path | None, first: int):
         """Images from `first` on, read or made; them on the devices; and whether they were read."""
@@ -154,10 +159,11 @@ class Point:
             ],
             "params": self.fingerprints,
             "sample": {**self.sampled.model.config["sample"], "batch_size": None},
+            "labels": self.label_rule,
             "seed": self.seed,
             "w": self.w,
         }
-        text = json.dumps({**recipe, "labels": self.label_rule}, sort_keys=True)
+        text = json.dumps(recipe, sort_keys=True)
         name = f"{self.rule}_w{self.w:g}_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
         store = self.folder / "images" / name
         if jax.process_index() == 0:

@@ -212,10 +212,10 @@ def train(
             count = len(window) * plan.batch_size
             means = window.close(plan.batch_size)
             log.scalars(done, means)
-            if watches:
-                log.scalars(done, watched(done, state.ema))
             if save:
                 checkpoints.save(done, **items(state))
+            if watches:
+                log.scalars(done, watched(done, state.ema))
             if average:
                 reconstruct.keep(workdir, model, state.profiles, done)
             if checks:

@@ -4,6 +4,7 @@ The same images, extractors and scores as `evaluate`'s, without resamples and wi
 images. Training goes on bit-equal whether or not it is watched.
 """
 
+import dataclasses
 import json
 from collections.abc import Callable
 from typing import Any
@@ -27,7 +28,7 @@ from cfg_jax import (
 from cfg_jax.models import weights
 from cfg_jax.runtime import logging as runlog
 from cfg_jax.runtime import mesh as meshes
-from cfg_jax.types import Params
+from cfg_jax.types import Params, UsageError
 
 BEST = "best.safetensors"
 # Scores of which more is better; of all others, less is.
@@ -45,21 +46,35 @@ class Watch:
         self._plan, self._model, self._mesh = model.evaluate, model, mesh
         self._file = epath.Path(workdir) / BEST
         request.check_guidance(model, None, self._plan.w)
-        looks = panel.extractors([self._plan.features], mesh, self._plan.judge)
-        panel.check_judge(looks, model)
+        prefix = "config.evaluate."
+        looks = panel.extractors([self._plan.features], mesh, self._plan.judge, prefix=prefix)
+        panel.check_judge(looks, model, prefix=prefix)
+        if keep := self._plan.keep_best:
+            known = names_of(looks[0])
+            if keep not in known:
+                raise schema.unknown("config.evaluate.keep_best", keep, known)
         if self._plan.reference:
-            shape, how = model.dataset.image_shape, model.dataset.resize
-            of = reference.load(self._plan.reference, looks[0], image_shape=shape, resize=how)
+            how = {"image_shape": model.dataset.image_shape, "resize": model.dataset.resize}
+            flag = f"{prefix}reference"
+            of = reference.load(self._plan.reference, looks[0], flag=flag, **how)
             self._panel = panel.Panel(looks, [of])
         else:
-            self._panel = panel.Panel.against_dataset(looks, model.dataset)
-        if keep := self._plan.keep_best:
-            known = {name for look in looks for name in names_of(look)}
-            if keep not in known:
-                raise schema.unknown("evaluate.keep_best", keep, known)
-        self._best = None  # {"metric", "value", "w", "step"}, of what is in the file
+            folder = epath.Path(workdir) / "evaluation"
+            self._panel = panel.Panel.against_dataset(looks, model.dataset, folder)
+        if keep == looks[0].called("sfd") and self._panel.references[0].seen.spatial is None:
+            raise UsageError(f"config.evaluate.keep_best={keep!r}: the reference has no mu_s.")
+        # Values compare only where all that they are of is the same.
+        self._of = {
+            **dataclasses.asdict(self._plan),
+            "w": list(self._plan.w),
+            "every": None,
+            "extractor": looks[0].fingerprint,
+            "real": self._panel.references[0].recipe.get("sha256"),
+        }
+        self._best = None  # {"of", "value", "w", "step"}, of what is in the file
         if self._file.exists():
-            self._best = json.loads(weights.load_safetensors(self._file)[1]["best"])
+            metadata = weights.load_safetensors(self._file)[1]
+            self._best = json.loads(metadata.get("best", "null"))
         self._sampled = generator.Generator(model, {}, mesh=mesh)
         self._labels = sweep.balanced_labels(self._plan.num_samples, model.dataset.num_classes)
 
@@ -85,7 +100,7 @@ class Watch:
         if name := self._plan.keep_best:
             choose = max if name.partition("_")[0] in RISING else min
             w = choose(by_name[name], key=by_name[name].get)
-            best = {"metric": name, "value": by_name[name][w], "w": w, "step": step}
+            best = {"of": self._of, "value": by_name[name][w], "w": w, "step": step}
             if self._is_better(best, choose):
                 self._keep(best, ema)
         return {
@@ -96,7 +111,7 @@ class Watch:
 
     def _is_better(self, best: dict[str, Any], choose: Callable) -> bool:
         there = self._best
-        if there is None or there["metric"] != best["metric"]:
+        if there is None or there["of"] != best["of"]:
             better = True
         else:
             values = (there["value"], best["value"])
@@ -114,10 +129,8 @@ class Watch:
             }
             weights.save_safetensors(self._file, whole, metadata)
         self._best = best
-        runlog.say(
-            f"the best {best['metric']} so far, {best['value']:.4g} at w={best['w']:g}: kept in "
-            f"{self._file}"
-        )
+        name, value = best["of"]["keep_best"], best["value"]
+        runlog.say(f"the best {name} so far, {value:.4g} at w={best['w']:g}: {self._file}")
 
 
 def names_of(look: features.Extractor) -> set[str]:

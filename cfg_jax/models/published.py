@@ -1,8 +1,8 @@
 """Weights that others have published: where they are looked for, and that they are what they say.
 
-A file is looked for in $CFG_JAX_WEIGHTS (a folder, or the file itself), then in the cache folder of
-the user, and is downloaded to the latter where there is a network. It is read without PyTorch and
-without executing a pickle, and its hash is verified each time.
+A file that comes in no Python package is looked for in $CFG_JAX_WEIGHTS (a folder, or the file
+itself), then in the cache folder of the user, and is downloaded to the latter where there is a
+network. Any is read without PyTorch and without executing a pickle, its hash verified each time.
 """
 
 import dataclasses
@@ -32,6 +32,7 @@ class File:
 
     name: str
     sha256: str
+    others: tuple[str, ...] = ()  # names that the same file goes by
     urls: tuple[str, ...] = ()
     package: str = ""
     extra: str = ""
@@ -53,16 +54,18 @@ class File:
                 f"{self.name} comes with a package that is not installed: pip install "
                 f"'cfg_jax[{self.extra}]'."
             )
-        return next(Path(spec.origin).parent.rglob(self.name))
+        found = next(Path(spec.origin).parent.rglob(self.name), None)
+        if found is None:
+            raise UsageError(f"{self.package} is installed without {self.name}: install it again.")
+        return found
 
     def _on_disk(self) -> Path | None:
         told = os.environ.get("CFG_JAX_WEIGHTS")
         if told and Path(told).is_file():
             return Path(told)
-        for folder in filter(None, (told, cache())):
-            if (Path(folder) / self.name).is_file():
-                return Path(folder) / self.name
-        return None
+        folders = [Path(folder) for folder in (told, cache()) if folder]
+        places = [folder / name for folder in folders for name in (self.name, *self.others)]
+        return next(filter(Path.is_file, places), None)
 
     def _download(self) -> Path:
         pooch.get_logger().setLevel("WARNING")
@@ -71,7 +74,11 @@ class File:
                 found = pooch.retrieve(
                     url, known_hash=None, fname=self.name, path=cache(), progressbar=True
                 )
+                self._verify(Path(found))
                 return Path(found)
+            except UsageError as error:
+                Path(found).unlink()
+                reason = str(error)
             except OSError as error:  # what requests raises is one
                 reason = " ".join(str(error).split())[:100]
         raise UsageError(
@@ -99,6 +106,7 @@ def cache() -> Path:
 INCEPTION = File(
     name="pt_inception-2015-12-05-6726825d.pth",
     sha256="6726825d",
+    others=("weights-inception-2015-12-05-6726825d.pth",),
     urls=(
         "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
         "pt_inception-2015-12-05-6726825d.pth",
