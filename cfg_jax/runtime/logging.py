@@ -47,7 +47,8 @@ class RunLog:
     """The log of one training run, written by process 0; on the others every method does nothing.
 
     metrics.jsonl holds a line a step logged, and one more where the EMA was evaluated. A run that
-    goes on from `start` first drops the lines after it, so that the file reads as if the run had never stopped.
+    goes on from `start` first drops the lines after it, so that the file reads as if the run had
+    never stopped.
     """
 
     def __init__(self, workdir: str, *, start: int, steps: int):
