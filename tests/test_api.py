@@ -1,0 +1,155 @@
+"""The Python API: settings of the chain by argument, the way there, and the model that ships."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn import datasets, neighbors
+
+import cfg_jax
+from cfg_jax import api, experiment, generator
+from cfg_jax.diffusion import samplers
+
+ROOT = Path(__file__).parent.parent
+LABELS = [3, 1, 4]
+
+
+@pytest.fixture
+def model(trained):
+    return cfg_jax.load(trained)
+
+
+def near(a, b):
+    """uint8 images within one level: other programs round otherwise."""
+    return a.shape == b.shape and np.abs(a.astype(int) - b).max() <= 1
+
+
+def test_settings_of_the_chain_are_those_of_the_config(model, trained):
+    config = model.config
+    sampler = {"name": "ancestral", "v": 1.0}
+    config["sample"] |= {"steps": 4, "sampler": sampler, "guidance": {"name": "scaled_score"}}
+    expected, _ = generator.load(str(trained), experiment.build(config))
+    got = model.sample(LABELS, 0.5, seed=2, steps=4, sampler={"v": 1.0}, guidance="scaled_score")
+    np.testing.assert_array_equal(got, expected(LABELS, 0.5, seed=2))
+    assert not near(got, model.sample(LABELS, 0.5, seed=2))
+    assert model.config["sample"]["steps"] == 8, "the model itself is as it was"
+
+
+def test_equal_settings_share_one_program(model, monkeypatch):
+    compiled = []
+    make = generator.program
+    monkeypatch.setattr(generator, "program", lambda *a, **k: compiled.append(a) or make(*a, **k))
+    for w in (0.0, 1.0):
+        model.sample(LABELS, w)
+        model.sample(LABELS, w, steps=8, sampler="ancestral", guidance={"name": "classifier_free"})
+        model.sample(LABELS, w, steps=4)
+        model.sample(LABELS, w, steps=4, sampler={"v": 0.3})
+    assert len(compiled) == 1, "steps=4; the config's own was made by load"
+    assert [g.compilations() for g in model._generators.values()] == [1, 1]
+
+
+@pytest.mark.parametrize("sampler", samplers.SAMPLERS)
+def test_the_trajectory_ends_in_the_image(model, sampler):
+    settings = {"w": 1.5, "seed": 4, "steps": 6, "sampler": sampler}
+    image = model.sample(LABELS, **settings)
+    path = model.trajectory(LABELS, **settings)
+    assert path.dtype == np.uint8 and path.shape == (6, *image.shape)
+    assert near(path[-1], image)
+    assert len(np.unique(path.reshape(6, -1), axis=0)) == 6
+    thinned = model.trajectory(LABELS, **settings, every=4)
+    np.testing.assert_array_equal(thinned, path[[1, 5]])
+
+
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        (lambda m: m.sample(LABELS, sampler="ancestrall"), "did you mean 'ancestral'"),
+        (lambda m: m.sample(LABELS, sampler={"w": 1.0}), "sample.sampler.w is no field"),
+        (lambda m: m.sample(LABELS, guidance="clasifier_free"), "did you mean 'classifier_free'"),
+        (lambda m: m.sample(LABELS, guidance="classifier"), "cfg_jax.load(PATH, classifier=DIR)"),
+        (lambda m: m.sample(LABELS, steps=0), "sample.steps=0"),
+        (lambda m: m.sample(LABELS, steps=2.5), "sample.steps=2.5"),
+        (lambda m: m.sample(3), "list of whole numbers"),
+        (lambda m: m.sample([10]), "outside the classes 0 to 9"),
+        (lambda m: m.sample(LABELS, w=-2.0), "w=-2.0"),
+        (lambda m: m.sample(LABELS, w=[1.0]), "must be of one length"),
+        (lambda m: m.trajectory(LABELS, every=0), "every=0"),
+        (lambda m: cfg_jax.load("digit"), "(digits)"),
+        (lambda m: cfg_jax.load("digits", classifier="digits"), "holds no classifier"),
+    ],
+)
+def test_a_mistake_says_what_would_be_right(model, call, told):
+    with pytest.raises(cfg_jax.UsageError) as raised:
+        call(model)
+    assert told in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_bucket_wants_an_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(cfg_jax.UsageError, match=r"cfg_jax\[gcs\]"):
+        cfg_jax.load("gs://bucket/digits")
+
+
+def test_what_config_gives_is_a_copy(model):
+    model.config["sample"]["steps"] = 99
+    assert model.config["sample"]["steps"] == 8
+
+
+def test_the_digits_that_ship_are_small_and_say_what_made_them():
+    assert api.SHIPPED["digits"].stat().st_size < 2e6
+    model = cfg_jax.load("digits")
+    assert repr(model) == "<Model of digits: 10 classes, 8x8x1, step 1500>"
+    described = experiment.SCHEMA.complete(experiment.load_config("digits"))
+    assert model.config == described, "what configs/digits.py says"
+    assert "--config=digits" in (api.SHIPPED["digits"].parent / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_digits_that_ship_are_digits_of_their_classes():
+    """To the nearest of the real ones, which is right on 98 % of those held out."""
+    real = datasets.load_digits()
+    judge = neighbors.KNeighborsClassifier(1).fit(real.data * (255 / 16), real.target)
+    labels = np.arange(200) % 10
+    for w, least in ((0.0, 0.9), (1.0, 0.97)):
+        images = cfg_jax.load("digits").sample(labels, w, steps=32)
+        assert judge.score(images.reshape(200, -1), labels) >= least
+
+
+@pytest.mark.slow
+def test_the_wheel_has_the_model_and_the_configs(tmp_path):
+    """Built from a copy, unpacked in a folder of its own, and used from another."""
+    source, target = tmp_path / "source", tmp_path / "installed"
+    source.mkdir()
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in ("cfg_jax", "configs"):
+        ignore = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, source / name, ignore=ignore)
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
+    subprocess.run([*pip, f"--target={target}", str(source)], check=True)
+    (tmp_path / "elsewhere").mkdir()
+
+    def run(*args):
+        return subprocess.run(
+            [sys.executable, *args],
+            check=True,
+            text=True,
+            capture_output=True,
+            cwd=tmp_path / "elsewhere",
+            env={**os.environ, "PYTHONPATH": str(target)},
+        ).stdout
+
+    told = run(
+        "-c",
+        "import cfg_jax; print(cfg_jax.__file__); "
+        "print(cfg_jax.load('digits').sample([0, 7], w=1.0, steps=4).shape)",
+    )
+    assert told.splitlines() == [str(target / "cfg_jax" / "__init__.py"), "(2, 8, 8, 1)"]
+    assert (target / "cfg_jax" / "py.typed").exists()
+    few = ["--config.train.steps=2", "--config.train.sample_every=0", "--config.sample.steps=4"]
+    run("-m", "cfg_jax.train", "--config=digits", "--workdir=run", *few)
+    assert "w=0 (scale 1)" in run("-m", "cfg_jax.sample", "--workdir=run", "--per_label=1")
