@@ -36,7 +36,8 @@ def clipped(inner: Denoiser, low: float = -1.0, high: float = 1.0) -> Denoiser:
     """
 
     def denoise(z: Array, lam: Array) -> Prediction:
-        x = jnp.clip(inner(z, lam).x, low, high)
-        return Prediction(x, logsnr.eps_from_x(z, x, lam))
+        prediction = inner(z, lam)
+        x = jnp.clip(prediction.x, low, high)
+        return prediction._replace(x=x, eps=logsnr.eps_from_x(z, x, lam))
 
     return denoise
