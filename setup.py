@@ -52,11 +52,10 @@ setup(
     long_description=Path("README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    package_data={"cfg_jax": ["paper.csv"]},
     python_requires=">=3.11",
     packages=[*find_packages(include=["cfg_jax", "cfg_jax.*"]), "cfg_jax.configs"],
     package_dir={"cfg_jax.configs": "configs"},
-    package_data={"cfg_jax": ["py.typed", "trained/*"]},
+    package_data={"cfg_jax": ["paper.csv", "py.typed", "trained/*"]},
     install_requires=REQUIRES,
     extras_require=EXTRAS,
 )

@@ -30,11 +30,23 @@ class Prediction(NamedTuple):
     """A denoiser's reading of z: the clean estimate and the noise.
 
     What a network says of z satisfies z = alpha x + sigma eps, to rounding; so does any mixture of
-    such pairs whose weights sum to one.
+    such pairs whose weights sum to one. Who changes x and eps writes `_replace`, so that what else
+    a denoiser tells is handed on.
     """
 
     x: Array  # [B, ...]
     eps: Array  # [B, ...]
+
+
+class PredictionWithV(NamedTuple):
+    """A Prediction that also tells the exponent of the reverse variance, eq. (4), of each element.
+
+    That is the learned variance of Nichol & Dhariwal (2021).
+    """
+
+    x: Array  # [B, ...]
+    eps: Array  # [B, ...]
+    v: Array  # [B, ...]
 
 
 class Network(NamedTuple):
@@ -57,7 +69,7 @@ class Schedule(Protocol):
 class Denoiser(Protocol):
     """(z [B, ...], lam [] or [B]) -> Prediction. The condition is bound already."""
 
-    def __call__(self, z: Array, lam: Array) -> Prediction: ...
+    def __call__(self, z: Array, lam: Array) -> Prediction | PredictionWithV: ...
 
 
 class LogProb(Protocol):

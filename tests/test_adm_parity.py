@@ -1,5 +1,7 @@
 """Our U-Net and classifier are those of Dhariwal & Nichol (2021): outputs, names and size."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,7 +47,7 @@ CASES = ["unet_new_order", "unet_legacy_order", "unet_unconditional", "classifie
 @pytest.mark.parametrize("case", CASES)
 def test_outputs_are_the_published_ones(case):
     build, state, fixture = published(case)
-    params = weights.from_adm(state, build)
+    params = weights.from_adm(state, network.shapes(build))
     net = network.network(build, sinusoid_input=lambda t: t)
     z = fixture["x_nchw"].transpose(0, 2, 3, 1)
     apply = jax.jit(net.apply, compiler_options=recipe.QUICK)
@@ -70,14 +72,15 @@ def test_weights_of_another_model_are_refused():
     with pytest.raises(
         UsageError, match=r"another model.*8 arrays are missing .*63 are not wanted"
     ):
-        weights.from_adm(other, build)
+        weights.from_adm(other, network.shapes(build))
     with pytest.raises(UsageError, match=r"1 are not wanted \(extra"):
-        weights.from_adm(state | {"extra": np.zeros(3)}, build)
+        weights.from_adm(state | {"extra": np.zeros(3)}, network.shapes(build))
     with pytest.raises(UsageError, match=r"time_embed\.0\.bias.*\[3\]"):
-        weights.from_adm(state | {"time_embed.0.bias": np.zeros(3)}, build)
+        weights.from_adm(state | {"time_embed.0.bias": np.zeros(3)}, network.shapes(build))
     state["label_emb.weight"] = np.zeros((10, 128))
     with pytest.raises(UsageError, match=r"label_emb\.weight.*null_row=False"):
-        weights.from_adm(state, lambda rngs: build(rngs, num_classes=10, null_row=True))
+        labelled = functools.partial(build, num_classes=10, null_row=True)
+        weights.from_adm(state, network.shapes(labelled))
 
 
 ADM_64 = {"image_size": 64, "num_classes": 1000}  # the rest is the default

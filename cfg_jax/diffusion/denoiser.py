@@ -52,7 +52,7 @@ def moved(guided: Prediction, x: Array, z: Array, lam: Array, *, keeps_pair: boo
 
     With `keeps_pair` False eps was meant to be another noise than that, and stays (CFG++).
     """
-    return Prediction(x, logsnr.eps_from_x(z, x, lam) if keeps_pair else guided.eps)
+    return guided._replace(x=x, eps=logsnr.eps_from_x(z, x, lam) if keeps_pair else guided.eps)
 
 
 def clipped(

@@ -46,8 +46,8 @@ class ClassifierFree:
 
     w = 0 is the conditional model, w = -1 the unconditional one; "guidance scale" elsewhere is 1 +
     w. w is a number, or one an image [B]. The weights sum to one, so x mixes as eps does, and the
-    pair keeps z = alpha x + sigma eps. With one w for all, w = 0 and w = -1 run only the pass that
-    they need.
+    pair keeps z = alpha x + sigma eps. A variance that they tell is the conditional one's. With one
+    w for all, w = 0 and w = -1 run only the pass that they need.
     """
 
     second: ClassVar[str | None] = "reference"
@@ -63,10 +63,10 @@ class ClassifierFree:
         def denoise(z: Array, lam: Array) -> Prediction:
             def mix() -> Prediction:
                 a = logsnr.expand(w, z)
-                return jax.tree.map(
-                    lambda with_c, without: ((1 + a) * with_c - a * without).astype(z.dtype),
-                    conditional(z, lam),
-                    unconditional(z, lam),
+                with_c, without = conditional(z, lam), unconditional(z, lam)
+                return with_c._replace(
+                    x=((1 + a) * with_c.x - a * without.x).astype(z.dtype),
+                    eps=((1 + a) * with_c.eps - a * without.eps).astype(z.dtype),
                 )
 
             if w.ndim:
@@ -112,10 +112,12 @@ class ClassifierGuidance:
                 return (logsnr.expand(w, z) * gradient).astype(z.dtype)
 
             guide = step() if w.ndim else jax.lax.cond(w == 0, lambda: jnp.zeros_like(z), step)
-            x, eps = denoiser(z, lam)
+            prediction = denoiser(z, lam)
             level = logsnr.expand(lam, z)
             sigma, alpha = logsnr.sigma(level), logsnr.alpha(level)
-            return Prediction(x=x + sigma**2 / alpha * guide, eps=eps - sigma * guide)
+            return prediction._replace(
+                x=prediction.x + sigma**2 / alpha * guide, eps=prediction.eps - sigma * guide
+            )
 
         return denoise
 
@@ -143,8 +145,9 @@ class ScaledScore:
         w = jnp.asarray(self.w)
 
         def denoise(z: Array, lam: Array) -> Prediction:
-            eps = (1 + logsnr.expand(w, z)).astype(z.dtype) * denoiser(z, lam).eps
-            return Prediction(x=logsnr.x_from_eps(z, eps, lam), eps=eps)
+            prediction = denoiser(z, lam)
+            eps = (1 + logsnr.expand(w, z)).astype(z.dtype) * prediction.eps
+            return prediction._replace(x=logsnr.x_from_eps(z, eps, lam), eps=eps)
 
         return denoise
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cfg_jax.types import Array, Prediction
+from cfg_jax.types import Array, Prediction, PredictionWithV, UsageError
 
 
 def alpha(lam: Array) -> Array:
@@ -96,12 +96,13 @@ class Reading(NamedTuple):
 
     target(x, eps, lam) is what it is trained to say; read(z, output, lam) turns it into a
     Prediction. in_eps(lam) is the square error of eps for a square error of 1 in the output, at a
-    given z.
+    given z. The output has `outputs` times the channels of z.
     """
 
     target: Callable[[Array, Array, Array], Array]
-    read: Callable[[Array, Array, Array], Prediction]
+    read: Callable[[Array, Array, Array], Prediction | PredictionWithV]
     in_eps: Callable[[Array], Array]
+    outputs: int = 1
 
 
 def _read_eps(z, output, lam):
@@ -125,9 +126,25 @@ def _read_velocity(z, output, lam):
     )
 
 
+def _read_eps_and_v(z, output, lam):
+    eps, v = jnp.split(output, 2, axis=-1)
+    return PredictionWithV(x_from_eps(z, eps, lam), eps, (v + 1) / 2)
+
+
+def _no_target(x, eps, lam):
+    raise UsageError(
+        "reading='eps_and_v' is for published weights: no loss here trains a variance; train with "
+        "reading='eps'."
+    )
+
+
 EPS = Reading(target=lambda x, eps, lam: eps, read=_read_eps, in_eps=jnp.ones_like)
 X = Reading(target=lambda x, eps, lam: x, read=_read_x, in_eps=jnp.exp)
 # velocity = alpha eps - sigma x, the "v-prediction" of Salimans & Ho (2022).
 VELOCITY = Reading(target=_velocity, read=_read_velocity, in_eps=jax.nn.sigmoid)
 
-READINGS = {"eps": EPS, "x": X, "velocity": VELOCITY}
+# The learned variance of Nichol & Dhariwal (2021), eq. (15): their interpolation between log
+# beta~ and log beta is eq. (4) of the paper, with a v in [0, 1] for each element.
+EPS_AND_V = Reading(target=_no_target, read=_read_eps_and_v, in_eps=jnp.ones_like, outputs=2)
+
+READINGS = {"eps": EPS, "x": X, "velocity": VELOCITY, "eps_and_v": EPS_AND_V}

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from cfg_jax.diffusion import edm, logsnr, multistep
-from cfg_jax.types import Array, Denoiser, Noise, Path, UsageError
+from cfg_jax.types import Array, Denoiser, Noise, Path, PredictionWithV, UsageError
 
 
 def seeded_noise(keys: Array, shape: tuple[int, ...]) -> Noise:
@@ -38,11 +38,13 @@ class Ancestral:
 
     v = 0 takes the posterior's variance, v = 1 the forward process's; the paper has 0.3 at 64x64
     and 0.2 at 128x128. One evaluation of the denoiser a level: T of them, the last of which is the
-    image. Raises UsageError unless 0 <= v <= 1.
+    image. With `learned_v` it is the v of each element that the network tells, as published weights
+    do. Raises UsageError unless 0 <= v <= 1, and where the denoiser tells no v.
     """
 
     needs_pair: ClassVar[bool] = True  # it makes the noise of x and z, and reads no eps
     v: float | Array = 0.3
+    learned_v: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def __post_init__(self):
         if isinstance(self.v, int | float) and not 0 <= self.v <= 1:
@@ -62,9 +64,16 @@ class Ancestral:
 
         def step(z, level):
             t, lam, lam_next = level
-            x = denoiser(z, lam).x
+            prediction = denoiser(z, lam)
+            if self.learned_v and not isinstance(prediction, PredictionWithV):
+                raise UsageError(
+                    "sampler.learned_v=True, but this model tells no variance: only published "
+                    "weights do, with reading='eps_and_v'."
+                )
+            x = prediction.x
             mean = logsnr.posterior_mean(z, x, lam, lam_next)
-            std = logsnr.reverse_std(lam, lam_next, self.v).astype(z.dtype)
+            v = prediction.v if self.learned_v else self.v
+            std = logsnr.reverse_std(lam, lam_next, v).astype(z.dtype)
             # The last line of Algorithm 2 inside the loop: so the denoiser is compiled once, not
             # twice.
             return jnp.where(t < T, mean + std * noise(t), x), x

@@ -88,6 +88,64 @@ def _steps(steps: int) -> Array:
     return jnp.arange(steps) / max(steps - 1, 1)
 
 
+_DISCRETE_STEPS = 1000
+
+
+def _linear_beta(t: int) -> float:
+    """Ho et al. (2020), section 4."""
+    return 1e-4 + (0.02 - 1e-4) * t / (_DISCRETE_STEPS - 1)
+
+
+def _cosine_beta(t: int) -> float:
+    """Nichol & Dhariwal (2021), eq. (17), and the clipping below it."""
+
+    def share(t: int) -> float:
+        return math.cos((t / _DISCRETE_STEPS + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    return min(1 - share(t + 1) / share(t), 0.999)
+
+
+BETAS = {"linear": _linear_beta, "cosine": _cosine_beta}
+
+
+@dataclasses.dataclass(frozen=True)
+class Discrete:
+    """The levels t = 0, ..., 999 of a chain with betas, as published weights know them.
+
+    alpha^2 at level t is the product of 1 - beta up to t; u of any shape in [0, 1] names the level
+    nearest to 999 u, so that `uniform_u` walks the respaced chains of Nichol & Dhariwal (2021).
+    Raises UsageError for betas that are not known.
+    """
+
+    betas: str = "linear"  # or "cosine"
+
+    def __post_init__(self):
+        if self.betas not in BETAS:
+            raise UsageError(f"schedule.betas={self.betas!r}: must be one of {', '.join(BETAS)}.")
+
+    def levels(self) -> list[float]:
+        """lambda at t = 0, ..., 999, decreasing. In Python's floats: it sums small logarithms."""
+        log_alpha_sq, lams = 0.0, []
+        for t in range(_DISCRETE_STEPS):
+            log_alpha_sq += math.log1p(-BETAS[self.betas](t))
+            lams.append(log_alpha_sq - math.log(-math.expm1(log_alpha_sq)))
+        return lams
+
+    def __call__(self, u: Array) -> Array:
+        t = jnp.round(jnp.asarray(u) * (_DISCRETE_STEPS - 1)).astype(jnp.int32)
+        return jnp.asarray(self.levels())[t]
+
+    def u(self, lam: Array) -> Array:
+        """The way back: u in [0, 1] of lam, of any shape; a level outside is the nearest end."""
+        return self.sinusoid_input(lam) / (_DISCRETE_STEPS - 1)
+
+    def sinusoid_input(self, lam: Array) -> Array:
+        """The t of lambda, what a network of this chain is told; between two levels, between."""
+        # From noise to data, for interp wants its points in increasing order.
+        t = jnp.arange(_DISCRETE_STEPS - 1.0, -1.0, -1.0)
+        return jnp.interp(lam, jnp.asarray(self.levels()[::-1]), t)
+
+
 def uniform_u(schedule: Schedule, steps: int) -> Array:
     """The paper's grid [T]: u uniform from 1 down to 0, both ends included; increasing in lambda.
 
@@ -151,7 +209,7 @@ def sinusoid_input(lam: Array) -> Array:
     return 1000 * jnp.arctan(jnp.exp(-0.5 * jnp.clip(lam, -20, 20))) / (0.5 * jnp.pi)
 
 
-SCHEDULES = {"cosine": Cosine, "uniform": Uniform}
+SCHEDULES = {"cosine": Cosine, "uniform": Uniform, "discrete": Discrete}
 GRIDS = {
     "uniform_u": uniform_u,
     "uniform_lambda": uniform_lambda,

@@ -76,12 +76,19 @@ def read_state_dict(path: epath.PathLike) -> dict[str, np.ndarray]:
             return read(file)
     except FileNotFoundError:
         raise UsageError(f"{path} does not exist; give the path of a .pt or .pth file.") from None
-    except (OSError, EOFError, RuntimeError, struct.error, zipfile.BadZipFile, _Refused) as error:
+    except _UNREADABLE as error:
         raise UsageError(f"{path} is not a PyTorch state dict that can be read: {error}") from None
 
 
 class _Refused(Exception):
     """Why a file is not read; `read_state_dict` adds which file."""
+
+
+# What zipfile, struct and numpy raise for damaged files, beside our own.
+_UNREADABLE = (
+    *(OSError, EOFError, RuntimeError, ValueError),
+    *(struct.error, zipfile.BadZipFile, _Refused),
+)
 
 
 def _read_zip(file: IO[bytes]) -> dict[str, np.ndarray]:

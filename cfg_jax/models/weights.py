@@ -1,16 +1,14 @@
 """Weights in and out: the published PyTorch names renamed to ours, and .safetensors files."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import jax
 import numpy as np
 import safetensors
 import safetensors.numpy
 from etils import epath
-from flax import nnx
 
-from cfg_jax.models import network
 from cfg_jax.types import Params, UsageError
 
 # Our path -> the published one, by prefix; a block's layers and a layer's parts follow.
@@ -75,16 +73,17 @@ def _theirs(path: str, ours: jax.ShapeDtypeStruct, weight: np.ndarray) -> np.nda
             weight = weight.T
     elif path == "pool/position":
         weight = weight.T
-    return weight.astype(np.float32) if weight.shape == ours.shape else None
+    return weight.astype(np.float32, copy=False) if weight.shape == ours.shape else None
 
 
-def from_adm(state: Mapping[str, np.ndarray], build: Callable[[nnx.Rngs], nnx.Module]) -> Params:
-    """Weights published by Dhariwal & Nichol (2021) -> parameters of the module of `build`.
+def from_adm(state: Mapping[str, np.ndarray], wanted: Params) -> Params:
+    """Weights published by Dhariwal & Nichol (2021) -> parameters, of the shapes in `wanted`.
 
     Every published array is used once and every parameter is filled; else raises UsageError.
-    A class-conditional U-Net as published has no null label: `null_row=False`.
+    A class-conditional U-Net as published has no null label: `null_row=False`. What is float32
+    already is not copied.
     """
-    ours = flatten(network.shapes(build))
+    ours = flatten(wanted)
     names = {path: adm_name(path) for path in ours}
     absent = [name for name in names.values() if name not in state]
     unused = sorted(set(state) - set(names.values()))
