@@ -103,8 +103,8 @@ def draws_of(rule, normals):
     return rule.draws(noise) if hasattr(rule, "draws") else noise
 
 
-# The kinds are static: jax (0.10) now and then takes the program of one dataclass for that of another
-# with as many fields.
+# The kinds are static: jax (0.10) now and then takes the program of one dataclass for another's, of
+# as many fields.
 @functools.partial(jax.jit, static_argnames="kinds")
 def chain(rule, sampler, models, normals, lams, *, kinds):
     del kinds
