@@ -44,6 +44,16 @@ def float64():
         yield
 
 
+def by_kind(function):
+    """jit with a program for each type of the first argument, and the rest as usual.
+
+    jax.jit alone takes two dataclasses of as many fields for the same now and then (jax 0.10).
+    """
+    # A function of its own for each, and so a cache of its own.
+    of_kind = functools.cache(lambda kind: jax.jit(lambda *args: function(*args)))
+    return lambda sampler, *args: of_kind(type(sampler))(sampler, *args)
+
+
 def gaussian(mean, std):
     return mixture.Mixture(jnp.full((1, 1), mean), jnp.array([std]), jnp.zeros(1)).denoiser()
 
@@ -51,7 +61,7 @@ def gaussian(mean, std):
 # Limits and orders, on (b): two Gaussians of unequal spreads, guided
 
 
-@jax.jit
+@by_kind
 def flow_chain(sampler, w, lams):
     """The chains from z = 0 and z = 1, whatever is drawn later: [2]."""
     guided = guidance.ClassifierFree(w)(
@@ -82,7 +92,8 @@ def uniform(steps):
 def test_a_sampler_without_noise_has_its_order_and_solves_the_flow(name, w, float64):
     """DDIM and Euler are of order one, 2M and Heun of two, UniPC of three, in mean and spread.
 
-    Measured: MEASURED
+    Measured: orders 0.95 to 1.02 (DDIM, Euler), 1.98 to 2.18 (2M), 2.03 to 2.28 (Heun), 2.76 to
+    3.37 (UniPC); at 512 levels off by 2.8 %, 0.07 %, 0.07 % and 0.003 % of a spread.
     """
     errors = np.abs(flow_errors(FLOWS[name], w))
     orders = [oracle.order(STEPS, error) for error in errors.T]
@@ -97,7 +108,7 @@ def test_a_sampler_without_noise_has_its_order_and_solves_the_flow(name, w, floa
     assert errors[-1].max() < last, errors
 
 
-@jax.jit
+@by_kind
 def noisy_chain(sampler, w, lams):
     guided = guidance.ClassifierFree(w)(
         gaussian(*oracle.CONDITIONAL), gaussian(*oracle.UNCONDITIONAL)
@@ -107,9 +118,11 @@ def noisy_chain(sampler, w, lams):
 
 @pytest.mark.parametrize("name", NOISY)
 def test_a_sampler_with_noise_solves_its_own_reverse_equation(name, float64):
-    """Order one, as the noise has; the first-order part removed, the limit is the one of its share.
+    """The limit is the one of its share; of order two for 2M, whose noise is exact, else of one.
 
-    Measured: MEASURED
+    Measured: orders 0.95 (DDIM), 2.05 (2M), 0.97 (Euler) and 1.1 (Heun) of the distance that mean
+    and spread make; at 512 levels off by 2.3 %, 0.03 %, 2 % and 0.2 % of a spread, extrapolated by
+    at most 0.1 %.
     """
     sampler, share = NOISY[name]
     w = 1.0
@@ -121,12 +134,15 @@ def test_a_sampler_with_noise_solves_its_own_reverse_equation(name, float64):
         mean, std, _ = oracle.impulse_moments(noisy_chain(sampler, w, uniform(steps)))
         errors.append(np.array([mean - true_mean, std - true_std]) / true_std)
     assert np.abs(errors[-1]).max() < 0.05, errors
+    order = oracle.order(STEPS, np.hypot(*np.transpose(errors)))
+    assert (1.8 if "2m" in name else 0.9) < order < 2.5, order
+    # The first-order part removed, what is left at no step at all must be the limit itself.
     limit = (511 * errors[-1] - 255 * errors[-2]) / (511 - 255)
-    assert np.abs(limit).max() < 3e-3, limit
-    # The bound tells the shares apart: those of the flow and of twice the noise lie beyond it.
+    assert np.abs(limit).max() < 1.5e-3, limit
+    # The bound tells the shares apart: the flow and twice the noise lie beyond it.
     for other in (0.0, 2 * share):
         moments = oracle.guided_moments(oracle.CONDITIONAL, oracle.UNCONDITIONAL, w, share=other)
-        assert np.abs(np.subtract(moments, (true_mean, true_std))).max() / true_std > 0.01
+        assert np.abs(np.subtract(moments, (true_mean, true_std))).max() / true_std > 0.05
 
 
 # (c) A mixture of three classes in the plane, guided
@@ -137,7 +153,7 @@ def classes(dtype):
     return mixture.Mixture(jnp.array(oracle.MEANS, dtype), jnp.array(oracle.STDS, dtype), weights)
 
 
-@jax.jit
+@by_kind
 def mixture_flow(sampler, w, members, start, lams):
     model = classes(jnp.float64)
     guided = guidance.ClassifierFree(w)(model.given(members).denoiser(), model.denoiser())
@@ -159,7 +175,10 @@ def fine_flow(w, size):
 
 @pytest.mark.parametrize("name", FLOWS)
 def test_a_guided_mixture_follows_the_flow(name, float64):
-    """Point by point from the same starts, for 256 levels; w = 2. Measured: MEASURED"""
+    """Point by point from the same starts, for 256 levels; w = 2.
+
+    Measured: off by 3.9 % of the spread at most (DDIM, Euler), 0.15 % (2M, Heun), 0.008 % (UniPC).
+    """
     start, label, true = fine_flow(2.0, 300)
     members = label[:, None] == np.arange(3)
     x = np.asarray(mixture_flow(FLOWS[name], 2.0, members, start, uniform(256)))
@@ -182,7 +201,7 @@ LAMS = np.array([-6.0, -3.5, -2.0, -1.9, 0.5, 2.0, 5.0])
 DRAWS = np.random.default_rng(3).standard_normal((len(LAMS) + 1, 4, 3))
 
 
-@jax.jit
+@by_kind
 def path(sampler, lams, draws):
     return sampler(bend, lambda i: draws[i], lams)
 
@@ -303,13 +322,13 @@ def test_the_denoiser_is_compiled_once(name):
 # One seed, one image; float32
 
 
-@functools.partial(jax.jit, static_argnames="grid")
-def seeded(sampler, keys, grid=schedules.uniform_lambda):
+@by_kind
+def seeded(sampler, keys):
     model = classes(jnp.float32)
     guided = guidance.ClassifierFree(1.0)(
         model.given(jnp.arange(3) == 0).denoiser(), model.denoiser()
     )
-    lams = grid(schedules.Cosine(), 24)
+    lams = uniform(24)
     return sampler(guided, samplers.seeded_noise(keys, (2,)), lams).x
 
 
@@ -325,7 +344,7 @@ def test_an_image_is_the_same_alone_in_any_batch_and_on_eight_devices(name):
     np.testing.assert_allclose(spread, whole, atol=1e-5)
 
 
-@jax.jit
+@by_kind
 def clipped_path(sampler, draws):
     """On the paper's grid, whose first step is ten units of lambda, with x kept in [-1, 1]."""
 
@@ -341,14 +360,14 @@ def clipped_path(sampler, draws):
 
 @pytest.mark.parametrize("name", ALL)
 def test_float32_is_float64_to_its_rounding_on_the_papers_grid(name):
-    """Step by step from lambda = -20 to 20. Measured: MEASURED"""
+    """Step by step from lambda = -20 to 20. Measured: at most 4e-5, of those with noise."""
     draws = np.random.default_rng(1).standard_normal((65, 16, 2))
     single = clipped_path(ALL[name], draws.astype(np.float32))
     with jax.enable_x64(True):
         double = clipped_path(ALL[name], draws)
     assert single.x.dtype == np.float32 and double.x.dtype == np.float64
     # An estimate at the edge of what is clipped tells of every earlier step.
-    np.testing.assert_allclose(single.xs, double.xs, atol=2e-3)
+    np.testing.assert_allclose(single.xs, double.xs, atol=2e-4)
 
 
 # Configs

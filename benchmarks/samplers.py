@@ -1,0 +1,116 @@
+"""Quality against network evaluations: the samplers on a trained run, as a judge sees them.
+
+    python -m benchmarks.samplers --workdir=runs/digits --judge=runs/digits_judge [--w=0.3]
+        [--images=500] [--evaluations=16,32,64,128] [--grids=uniform_lambda,edm]
+        [--out=docs/samplers.png]
+
+Draws fd_judge and is_judge over the evaluations of the network an image, and prints the table. All
+start from the same noise. A point has as many levels as its evaluations pay for: with guidance each
+costs two, and Heun asks twice a level.
+"""
+
+import argparse
+import itertools
+
+import jax.numpy as jnp
+import numpy as np
+from matplotlib import figure
+
+from cfg_jax import evaluate, experiment, features, generator, scores, sweep
+from cfg_jax.runtime import logging as runlog
+from cfg_jax.runtime import mesh as meshes
+
+# As the config's section `sampler` has them. Euler is DDIM with eta = 0.
+SAMPLERS = {
+    "ancestral, v = 0.3": {"name": "ancestral", "v": 0.3},
+    "ddim": {"name": "ddim"},
+    "dpmpp_2m": {"name": "dpmpp_2m"},
+    "dpmpp_2m, eta = 1": {"name": "dpmpp_2m", "eta": 1.0},
+    "unipc": {"name": "unipc"},
+    "heun": {"name": "heun"},
+}
+
+
+def with_budget(config: dict, sampler: dict, grid: str, passes: int) -> experiment.Experiment:
+    """The experiment with as many levels as a number of calls of its denoiser pays for."""
+
+    def build(steps: int) -> experiment.Experiment:
+        sample = {**config["sample"], "sampler": sampler, "grid": grid, "steps": steps}
+        return experiment.build({**config, "sample": sample})
+
+    ask = build(2).sampler
+    costs = [len(ask.levels(jnp.linspace(-1, 1, T))) for T in range(1, passes + 1)]
+    return build(sum(cost <= passes for cost in costs))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--workdir", required=True)
+    parser.add_argument("--judge", required=True)
+    parser.add_argument("--w", type=float, default=0.3)
+    parser.add_argument("--images", type=int, default=500)
+    parser.add_argument("--evaluations", default="16,32,64,128")
+    parser.add_argument("--grids", default="uniform_lambda,edm")
+    parser.add_argument("--out", default="docs/samplers.png")
+    options = parser.parse_args()
+    budgets, grids = [int(e) for e in options.evaluations.split(",")], options.grids.split(",")
+
+    config = generator.saved_config(options.workdir)
+    meshes.split_cpu(config["sample"]["batch_size"])
+    meshes.keep_compiled(options.workdir)
+    model, mesh = experiment.build(config), meshes.make_mesh()
+    look = features.FEATURES["judge"](model, mesh, options.judge)
+    reference, of_real = evaluate.look_at_real(look, model.dataset)
+    _, params = generator.load_ema(options.workdir, model)
+    labels = sweep.labels_of(options.images, model.dataset.num_classes)
+    each = 1 if options.w == 0 else 2  # passes of the network for one of the denoiser
+
+    found = {}
+    print(
+        "| grid | sampler | levels | evaluations | fd_judge | is_judge |\n|---|---|---|---|---|---|"
+    )
+    for grid, (name, sampler), budget in itertools.product(grids, SAMPLERS.items(), budgets):
+        some = with_budget(config, sampler, grid, budget // each)
+        images = generator.Generator(some, {"model": params}, mesh=mesh)(labels, options.w)
+        scored = scores.score(*look(images), labels, reference, knows_labels=look.knows_labels)
+        cost = each * len(some.sampler.levels(some.lams()))
+        fd, of_is = (scored[key].summary() for key in ("fd", "is"))
+        found.setdefault((grid, name), []).append((cost, fd["value"], of_is["value"]))
+        print(
+            f"| {grid} | {name} | {some.sample.steps} | {cost} | {fd['value']:.3f} ± "
+            f"{fd['error']:.3f} | {of_is['value']:.3f} ± {of_is['error']:.3f} |",
+            flush=True,
+        )
+    draw(found, grids, of_real["held_out"], options)
+    runlog.say(options.out)
+
+
+def draw(found: dict, grids: list[str], held_out: dict | None, options) -> None:
+    """A column a grid; above the distance, below the score; grey what held-out real images get."""
+    page = figure.Figure(figsize=(5.2 * len(grids), 7.5), layout="constrained")
+    axes = page.subplots(2, len(grids), sharex=True, sharey="row", squeeze=False)
+    for (grid, name), points in found.items():
+        cost, *values = np.array(points).T
+        for axis, value in zip(axes[:, grids.index(grid)], values, strict=True):
+            style = "--" if "eta = 1" in name or "ancestral" in name else "-"
+            axis.plot(cost, value, style, marker="o", markersize=4, label=name)
+    for row, (score, title) in enumerate((("fd_judge", "distance"), ("is_judge", "score"))):
+        for axis, grid in zip(axes[row], grids, strict=True):
+            if held_out:
+                real = held_out["scores"][score]["value"]
+                axis.axhline(real, color="0.6", linewidth=0.8, zorder=0)
+            axis.set_xscale("log", base=2)
+            axis.grid(alpha=0.25, linewidth=0.5)
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.set_title(f"{grid}: {title} ({score})", loc="left", fontsize=10)
+        axes[row, 0].set_ylabel(score)
+    for axis in axes[0]:
+        axis.set_yscale("log")
+    for axis in axes[1]:
+        axis.set_xlabel(f"network evaluations an image, w = {options.w:g}")
+    axes[0, -1].legend(frameon=False, fontsize=8)
+    page.savefig(options.out, dpi=110, metadata={"Software": None})
+
+
+if __name__ == "__main__":
+    main()
