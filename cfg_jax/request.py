@@ -36,10 +36,11 @@ def check_guidance(
             f"sample.guidance.name={name!r}: classifier guidance needs --classifier=DIR and "
             "--config.sample.guidance.name=classifier, and no other rule takes a classifier."
         )
-    if kind == "weak" and rule.second != "reference":
+    if rule.second != "reference" and (kind == "weak" or model.sample.negative):
+        given = "--weak" if kind == "weak" else "sample.negative"
         raise UsageError(
-            f"--weak with sample.guidance.name={name!r}: this rule has no reference that a weaker "
-            "model could be; classifier_free has one."
+            f"{given} with sample.guidance.name={name!r}: it takes the place of the unconditional "
+            "model, of which this rule makes no use; classifier_free does."
         )
     if guide is not None:
         check_same_images(f"--{kind}", guide, model)

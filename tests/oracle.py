@@ -77,8 +77,16 @@ def guided_moments(conditional, unconditional, w, low=-20.0, high=20.0, *, break
         return [slope * mean + push, 2 * slope * variance + share * sigma(lam) ** 2]
 
     end, places = [0.0, 1.0], [low, *breaks, high]
-    for piece in itertools.pairwise(places):
-        end = solve_ivp(move, piece, end, "DOP853", rtol=1e-11, atol=1e-13).y[:, -1]
+    for start, stop in itertools.pairwise(places):
+        last = np.nextafter(stop, start)  # at `stop` itself w is that of the next piece
+        end = solve_ivp(
+            lambda lam, moments, last=last: move(min(lam, last), moments),
+            (start, stop),
+            end,
+            "DOP853",
+            rtol=1e-11,
+            atol=1e-13,
+        ).y[:, -1]
     on_z, rest = guided_x(high)
     return on_z * end[0] + rest, abs(on_z) * np.sqrt(end[1])
 

@@ -15,8 +15,11 @@ from cfg_jax.types import Prediction
 try:
     import torch
     from diffusers import DDIMScheduler
-    from diffusers.guiders import adaptive_projected_guidance, classifier_free_zero_star_guidance
-    from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion
+    from diffusers.guiders import (
+        adaptive_projected_guidance,
+        classifier_free_zero_star_guidance,
+        guider_utils,
+    )
 except ModuleNotFoundError:
     pytest.skip(
         'the parity tests of rules need diffusers and PyTorch: pip install -e ".[parity]"',
@@ -39,7 +42,7 @@ def near(ours, theirs):
 @pytest.mark.parametrize("phi", [0.0, 0.7, 1.0])
 def test_rescaling(phi):
     guided, positive = tensors(0, 3.0)
-    theirs = pipeline_stable_diffusion.rescale_noise_cfg(
+    theirs = guider_utils.rescale_noise_cfg(
         torch.from_numpy(guided), torch.from_numpy(positive), phi
     )
     near(np.asarray(corrections.rescale(guided, positive, phi)), theirs)

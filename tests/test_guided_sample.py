@@ -128,9 +128,12 @@ def test_a_weaker_model_is_another_network_with_its_own_parameters(model, sample
 def test_what_cannot_be_guided_is_refused(model):
     built, weak = model[0], shaken(7)[0]
     no_null = dataclasses.replace(built, null_label=None)
-    with pytest.raises(UsageError, match="no reference"):
-        unguided = dataclasses.replace(built, guidance=guidance.ScaledScore)
+    unguided = dataclasses.replace(built, guidance=guidance.ScaledScore)
+    with pytest.raises(UsageError, match="--weak with"):
         request.check_guidance(unguided, weak, [1.0])
+    with pytest.raises(UsageError, match=r"sample\.negative with"):
+        sample = dataclasses.replace(built.sample, negative=(3,))
+        request.check_guidance(dataclasses.replace(unguided, sample=sample), None, [1.0])
     with pytest.raises(UsageError, match="--weak has num_classes 9, the model 10"):
         other = types.SimpleNamespace(image_shape=(8, 8, 1), num_classes=9)
         request.check_guidance(built, dataclasses.replace(weak, dataset=other), [1.0])

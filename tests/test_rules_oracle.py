@@ -85,7 +85,11 @@ def affine_chain(rule, lams):
     return samplers.Ancestral(0.3)(guided, oracle.impulses(lams), lams).x
 
 
-@pytest.mark.parametrize("name", AFFINE)
+def mostly_slow(names, fast):
+    return [n if n in fast else pytest.param(n, marks=pytest.mark.slow) for n in names]
+
+
+@pytest.mark.parametrize("name", mostly_slow(AFFINE, {"an interval of a schedule"}))
 def test_a_w_of_the_level_tends_to_its_moment_equation_with_order_one(name):
     """Measured: MEASURED"""
     make, strength = AFFINE[name]
@@ -225,7 +229,7 @@ def apart(one, other):
     return max(means), max(covariances)
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", mostly_slow(RULES, {"an interval of a rescaled apg"}))
 def test_a_rule_on_a_mixture_follows_its_reverse_equation(name):
     """The chain of 256 levels against two steps of Heun for each, of the same Brownian motion.
 
