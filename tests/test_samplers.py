@@ -36,6 +36,8 @@ NOISY = {
     "heun, churn 10": (edm.Heun(churn=10.0), 0.5),
 }
 ALL = {"ancestral": samplers.Ancestral(), **FLOWS, **{k: s for k, (s, _) in NOISY.items()}}
+# One of each kind, with noise where it can have some.
+EACH = ("ddim, eta 0.6", "dpmpp_2m, eta 0.6", "unipc", "euler, churn 10", "heun, churn 10")
 
 
 @pytest.fixture
@@ -173,6 +175,7 @@ def fine_flow(w, size):
     return start, label, oracle.flow(guided_x, start, np.linspace(-20, 20, 401))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FLOWS)
 def test_a_guided_mixture_follows_the_flow(name, float64):
     """Point by point from the same starts, for 256 levels; w = 2.
@@ -301,7 +304,7 @@ class Recorder:
 
 
 @pytest.mark.parametrize("T", [1, 2, 7])
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", EACH)
 def test_a_sampler_tells_at_which_levels_it_asks(name, T):
     """In their order; T of them, and 2 T - 1 for Heun. A clean estimate of each of the T."""
     recorder, lams = Recorder(bend), jnp.asarray(LAMS[:T], jnp.float32)
@@ -313,7 +316,7 @@ def test_a_sampler_tells_at_which_levels_it_asks(name, T):
     np.testing.assert_array_equal(out.x, out.xs[-1])
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", EACH)
 def test_the_denoiser_is_compiled_once(name):
     program = jax.make_jaxpr(lambda draws: path(ALL[name], jnp.array(LAMS), draws))(DRAWS)
     assert str(program).count(" tanh ") == 1
@@ -332,7 +335,8 @@ def seeded(sampler, keys):
     return sampler(guided, samplers.seeded_noise(keys, (2,)), lams).x
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EACH)
 def test_an_image_is_the_same_alone_in_any_batch_and_on_eight_devices(name):
     keys = jax.random.split(jax.random.key(0), 8)
     whole = np.asarray(seeded(ALL[name], keys))
@@ -358,7 +362,7 @@ def clipped_path(sampler, draws):
     return sampler(denoiser, lambda i: draws[i], lams.astype(draws.dtype))
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", EACH)
 def test_float32_is_float64_to_its_rounding_on_the_papers_grid(name):
     """Step by step from lambda = -20 to 20. Measured: at most 4e-5, of those with noise."""
     draws = np.random.default_rng(1).standard_normal((65, 16, 2))
