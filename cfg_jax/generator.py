@@ -121,8 +121,9 @@ def check_guidance(
         check_same_images("--classifier", classifier, model)
     elif rule.second == "unconditional" and model.null_label is None and any(w):
         raise UsageError(
-            f"w={[float(s) for s in w if s]}: this model has no null label (p_uncond = 0), so only "
-            "w=0 can be sampled; train with loss.p_uncond above 0."
+            f"w={[float(s) for s in w if s]}: this model has no null label (p_uncond = "
+            f"{model.config['loss']['p_uncond']:g}), so only w=0 can be sampled; train with "
+            "loss.p_uncond between 0 and 1."
         )
 
 
