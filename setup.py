@@ -35,6 +35,7 @@ EXTRAS = {
     "cuda": ["jax[cuda13]"],
     "plan": ["libtpu"],
     "gcs": ["gcsfs"],
+    "wandb": ["wandb"],
 }
 
 setup(

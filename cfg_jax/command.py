@@ -89,7 +89,7 @@ def _take_config(argv: list[str]) -> tuple[list[str], dict[str, str]]:
     out, typed = argv[:1], {}
     rest = iter(argv[1:])
     for arg in rest:
-        if re.fullmatch(r"--?(config(\.[\w.]+)?|workdir)", arg):
+        if re.fullmatch(r"--?(config(\.[\w.]+)?|workdir|checkpoint|published)", arg):
             arg = f"{arg}={next(rest, '')}"
         if match := re.fullmatch(r"--?(\w+)=(.*)", arg, re.DOTALL):
             typed[match[1]] = match[2]

@@ -17,7 +17,19 @@ FLOORS = (
     {"experiment"},
     {"generator", "command", "scores"},
     {"features"},
-    {"prepare", "train", "sample", "sweep", "evaluate", "programs", "plan", "report", "api"},
+    {
+        "prepare",
+        "convert",
+        "train",
+        "sample",
+        "sweep",
+        "evaluate",
+        "programs",
+        "plan",
+        "report",
+        "card",
+        "api",
+    },
 )
 # A library and the places that may know it.
 KNOWS = {
@@ -31,6 +43,7 @@ KNOWS = {
     "tensorflow": {"data"},
     "matplotlib": {"report"},
     "torch": set(),
+    "wandb": {"runtime"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 
