@@ -10,8 +10,9 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
-from cfg_jax import experiment
+from cfg_jax import card, experiment
 from cfg_jax import generator as generators
 from cfg_jax.models import weights
 from cfg_jax.runtime import mesh as meshes
@@ -53,7 +54,8 @@ class Model:
     def save(self, path: str, *, dtype: str = "float32") -> None:
         """Writes the EMA and its config as .safetensors, which `load` and the jobs read back.
 
-        dtype "float16" halves the file; the images then differ by a level here and there.
+        dtype "float16" halves the file; the images then differ by a level here and there. A model
+        card is begun beside it, NAME.md, unless there is one: what is left to say is yours.
         """
         # Where the data lay on the machine that trained is of no use elsewhere.
         dataset = {**self.config["dataset"], "data_dir": None}
@@ -61,6 +63,13 @@ class Model:
         metadata = {"config": json.dumps(config), "step": str(self.step)}
         params = jax.device_get(self._generator.params["model"])
         weights.save_safetensors(path, params, metadata, dtype=dtype)
+        beside = epath.Path(path).with_suffix(".md")
+        if not beside.exists():
+            known = {"step": self.step, "classes": self.classes}
+            known["image_shape"] = self._generator.model.dataset.image_shape
+            known["parameters"] = sum(leaf.size for leaf in jax.tree.leaves(params))
+            known["guided"] = self._generator.model.null_label is not None
+            beside.write_text(card.text(epath.Path(path).name, config, **known))
 
 
 def load(path: str, classifier: str | None = None) -> Model:
