@@ -43,6 +43,7 @@ EXTRAS = {
     "gcs": ["gcsfs"],
     "notebook": ["ipykernel", "ipywidgets"],
     "docs": ["sphinx", "myst-parser", "furo"],
+    "wandb": ["wandb"],
 }
 
 setup(

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from cfg_jax import experiment, request
+from cfg_jax import card, experiment, request
 from cfg_jax import generator as generators
 from cfg_jax.models import weights
 from cfg_jax.runtime import mesh as meshes
@@ -122,9 +122,18 @@ class Model:
     def save(self, path: str, *, dtype: str = "float32") -> None:
         """Writes the EMA and its config as .safetensors, which `load` and the jobs read back.
 
-        dtype "float16" halves the file; the images then differ by a level here and there.
+        dtype "float16" halves the file; the images then differ by a level here and there. A model
+        card is begun beside it, NAME.md, unless there is one: what is left to say is yours.
         """
-        export(path, jax.device_get(self._params["model"]), self.config, self.step, dtype=dtype)
+        params, model = jax.device_get(self._params["model"]), self._model({})
+        config = export(path, params, self.config, self.step, dtype=dtype)
+        beside = epath.Path(path).with_suffix(".md")
+        if not beside.exists():
+            known = {"step": self.step, "classes": self.classes}
+            known["image_shape"] = model.dataset.image_shape
+            known["parameters"] = sum(leaf.size for leaf in jax.tree.leaves(params))
+            known["guided"] = model.null_label is not None
+            beside.write_text(card.text(epath.Path(path).name, config, **known))
 
     def _model(self, chain: Mapping[str, Any]) -> experiment.Experiment:
         """The experiment with other fields of `sample`; equal ones are built once."""
@@ -189,12 +198,13 @@ def export(
     step: int,
     *,
     dtype: str = "float32",
-) -> None:
-    """Writes parameters, whole on this host, and their config as .safetensors."""
+) -> dict[str, Any]:
+    """Writes parameters, whole on this host, and their config as .safetensors: the config there."""
     # Where the data lay on the machine that trained is of no use elsewhere.
     config = {**config, "dataset": {**config["dataset"], "data_dir": None}}
     metadata = {"config": json.dumps(config), "step": str(step)}
     weights.save_safetensors(path, params, metadata, dtype=dtype)
+    return config
 
 
 def load(

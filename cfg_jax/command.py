@@ -92,6 +92,10 @@ def leave(status: int) -> None:
     os._exit(status)
 
 
+# The flags beside --config that say which config is meant: here they may have a space for the =.
+_WITH_PATHS = ("workdir", "samples", "make_reference", "checkpoint", "published")
+
+
 def _take_config(argv: list[str]) -> tuple[list[str], dict[str, str]]:
     """argv without --config, and the flags typed; `--flag value` becomes `--flag=value`.
 
@@ -100,7 +104,7 @@ def _take_config(argv: list[str]) -> tuple[list[str], dict[str, str]]:
     out, typed = argv[:1], {}
     rest = iter(argv[1:])
     for arg in rest:
-        if re.fullmatch(r"--?(config(\.[\w.]+)?|workdir|samples|make_reference)", arg):
+        if re.fullmatch(r"--?(config(\.[\w.]+)?|" + "|".join(_WITH_PATHS) + ")", arg):
             arg = f"{arg}={next(rest, '')}"
         match = re.fullmatch(r"(--?config\.([\w.]+))=(.*)", arg, re.DOTALL)
         if match and match[2] in experiment.SCHEMA.tables:

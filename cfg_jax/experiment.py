@@ -171,11 +171,13 @@ def build(config: Mapping[str, Any]) -> Experiment:
     """The objects of a config. Raises UsageError for a field or value that is wrong, naming it."""
     config = SCHEMA.complete(config)
     dataset = datasets.DATASETS[config["dataset"]["name"]](**_options(config["dataset"]))
+    config["dataset"] |= dataset.described()
     loss = losses.LOSSES[config["loss"]["name"]](**_options(config["loss"]))
     schedule = schedules.SCHEDULES[config["schedule"]["name"]](**_options(config["schedule"]))
     reading = schema.entry("config.reading", logsnr.READINGS, config["reading"])
-    # With p_uncond = 0 nothing trains a null row, so there is none to guide with.
-    null_row = getattr(loss, "p_uncond", 0) > 0
+    # What nothing trains is not there: at p_uncond = 0 the null row, at 1 all labels.
+    p_uncond = getattr(loss, "p_uncond", 0)
+    null_row = 0 < p_uncond < 1
     is_classifier = config["loss"]["name"] == "classification"
     if is_classifier != (config["model"]["name"] == "classifier"):
         raise UsageError(
@@ -203,14 +205,16 @@ def build(config: Mapping[str, Any]) -> Experiment:
         {
             "image_size": size,
             "in_channels": channels,
-            "out_channels": channels,
-            "num_classes": dataset.num_classes,
+            "out_channels": channels * reading.outputs,
+            "num_classes": dataset.num_classes if p_uncond < 1 else None,
             "null_row": null_row or is_student,  # a student has all that its teacher has
             "w_embedding": is_student,
         },
     )
     make_network = functools.partial(
-        networks.network, module, sinusoid_input=schedules.sinusoid_input
+        networks.network,
+        module,
+        sinusoid_input=getattr(schedule, "sinusoid_input", schedules.sinusoid_input),
     )
     network = make_network()
     bound_loss = functools.partial(

@@ -28,6 +28,7 @@ class Train:
     keep: int = 2  # checkpoints
     sample_every: int = 0  # steps between sample grids; 0 for none
     sample_w: tuple[float, ...] = (0.0, 1.0, 4.0)
+    wandb: str = ""  # a project of Weights & Biases to log to as well
 
     def __post_init__(self):
         for name in ("sample_every", "read_processes"):

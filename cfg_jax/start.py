@@ -30,6 +30,7 @@ MAY_CHANGE = (
     "train.keep",
     "train.sample_",
     "train.read_",
+    "train.wandb",
 )
 
 # A teacher may have others of these than its student, which has its own.

@@ -37,7 +37,7 @@ from cfg_jax import (
 )
 from cfg_jax.data import batches as batching
 from cfg_jax.data import images
-from cfg_jax.runtime import checkpoint
+from cfg_jax.runtime import checkpoint, wandb_run
 from cfg_jax.runtime import logging as runlog
 from cfg_jax.runtime import mesh as meshes
 from cfg_jax.runtime import profile as profiles
@@ -120,15 +120,16 @@ def train(
     config or the folders, before anything is written; Diverged for what is not finite; ProbeError
     for a silent mistake; NotSaved where a checkpoint cannot be written.
     """
-    config = experiment.SCHEMA.complete(config)
-    start.check_same_run(workdir, config)
     model = experiment.build(config)
+    config = model.config
+    start.check_same_run(workdir, config)
     plan = model.train
     shows = plan.sample_every > 0 and not model.is_classifier
     if shows:
         request.check_guidance(model, None, plan.sample_w)
     mesh = meshes.make_mesh(plan.fsdp)
     meshes.check_batch(mesh, plan.batch_size, plan.accumulate)
+    wandb_run.check(plan.wandb)
     tracer = profiles.Profile(profile, epath.Path(workdir) / "profile")
     batches = batching.Batches(
         examples=model.dataset.load(),
@@ -180,9 +181,8 @@ def train(
         if checks:
             checks.at_start(state.params)
         sampled = generator.Generator(model, {}, mesh=mesh) if shows else None
-        log = stack.enter_context(
-            contextlib.closing(runlog.RunLog(workdir, start=first, steps=plan.steps))
-        )
+        told = {"start": first, "steps": plan.steps, "config": config, "wandb": plan.wandb}
+        log = stack.enter_context(contextlib.closing(runlog.RunLog(workdir, **told)))
         reading = batching.iterate(
             batches, first, threads=plan.read_threads, processes=plan.read_processes
         )

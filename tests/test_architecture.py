@@ -21,8 +21,8 @@ FLOORS = (
     {"reference"},
     {"panel"},
     {
-        *("prepare", "start", "train", "reconstruct", "sample", "sweep", "evaluate", "watch"),
-        *("programs", "plan", "curve", "report", "figure2", "api"),
+        *("prepare", "convert", "start", "train", "reconstruct", "sample", "sweep", "evaluate"),
+        *("watch", "programs", "plan", "curve", "report", "figure2", "card", "api"),
     },
 )
 # A library and the places that may know it.
@@ -37,6 +37,7 @@ KNOWS = {
     "tensorflow": {"data"},
     "matplotlib": {"curve", "figure2"},
     "torch": set(),
+    "wandb": {"runtime"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -138,6 +138,15 @@ def test_an_export_is_the_model(trained, tmp_path):
     assert again.classes == tuple("0123456789")
     np.testing.assert_array_equal(again.sample([1, 2], w=2.0), model.sample([1, 2], w=2.0))
 
+    card = (tmp_path / "ema.md").read_text()
+    for said in ('cfg_jax.load("ema.safetensors")', "20 steps of 16 images", "- 9: 9", "w=1"):
+        assert said in card
+    whole = json.loads(card.partition("```json")[2].partition("```")[0])
+    assert experiment.SCHEMA.complete(whole) == again.config, "the card holds the whole config"
+    (tmp_path / "ema.md").write_text("mine")
+    model.save(path)
+    assert (tmp_path / "ema.md").read_text() == "mine", "a card that its maker wrote on stays"
+
 
 @pytest.mark.slow
 def test_classifier_guidance_moves_towards_its_class(cli, tiny, trained, tmp_path):

@@ -87,8 +87,12 @@ def builder(name: str, data_dir: epath.PathLike | None = None) -> tfds.core.Data
     # Asked here, because TFDS looks for unknown names on the network, and with TensorFlow.
     if bare not in known and not own_place.exists():
         near = difflib.get_close_matches(bare, known)
-        hint = f"did you mean {' or '.join(near)}?" if near else "tfds.list_builders() names them"
-        raise UsageError(f"there is no data set {name!r}: {hint}")
+        hint = f"did you mean {' or '.join(near)}?" if near else "tfds.list_builders() names them;"
+        raise UsageError(
+            f"there is no data set {name!r} in {own_place.parent}: {hint} pictures of your own are "
+            "prepared by  python -m cfg_jax.prepare --dataset=image_folder --path=DIR "
+            f"--name={bare} --data_dir={own_place.parent}"
+        )
     try:
         found = tfds.builder(name, data_dir=data_dir)
     except (ValueError, AssertionError) as error:  # of the configuration or the version
@@ -99,6 +103,13 @@ def builder(name: str, data_dir: epath.PathLike | None = None) -> tfds.core.Data
         return found
     own = _without_tensorflow(type(found))
     return own(config=found.builder_config, **options) if own else tfds.builder(name, **options)
+
+
+def describes_itself(name: str) -> bool:
+    """Whether a set can be described where its files are not: those of the catalogue and ours."""
+    bare = name.split("/")[0].split(":")[0]
+    ours = {"digits", *imagenet.BUILDERS}
+    return bare in ours or bare in tfds.list_builders(with_community_datasets=False)
 
 
 def is_prepared(builder: tfds.core.DatasetBuilder) -> bool:

@@ -9,7 +9,7 @@ import functools
 import math
 import resource
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from etils import epath, epy
@@ -82,6 +82,7 @@ class Tfds:
     pad: int = 0  # pixels of constant 0 on each side, after resizing
     flip: bool = False  # whether a mirrored image is as likely as the image, and of the same class
     names: tuple[str, ...] = ()  # of the classes, where TFDS has only numbers
+    channels: int | None = None  # with size and names: known where the files are not
     data_dir: str | None = None  # None: $TFDS_DATA_DIR, else ~/tensorflow_datasets
 
     def __post_init__(self):
@@ -94,7 +95,7 @@ class Tfds:
 
     @property
     def num_classes(self) -> int:
-        return self._features["label"].num_classes
+        return len(self.names) or self._features["label"].num_classes
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -104,9 +105,11 @@ class Tfds:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(H, W, C) of every image, cropped, resized and padded."""
-        *sides, channels = self._features["image"].shape
-        if self.size:
-            sides = [self.size, self.size]
+        if self.size and self.channels:
+            sides, channels = (self.size, self.size), self.channels
+        else:
+            *sides, channels = self._features["image"].shape
+            sides = (self.size, self.size) if self.size else sides
         if None in sides:
             raise UsageError(f"the images of {self.name} vary in size: say size=64, or another")
         return *(side + 2 * self.pad for side in sides), channels
@@ -117,6 +120,15 @@ class Tfds:
         by_area = self.size or self.builder in ("imagenet64", "imagenet128")
         how = "central square, by area" if by_area else "as stored"
         return f"{how}, {self.pad} pixels added" if self.pad else how
+
+    def described(self) -> dict[str, Any]:
+        """Fields that tell what the files of a user's own set tell: for a config that is carried to
+        where they are not. Empty for sets that the code describes.
+        """
+        if (self.names and self.size and self.channels) or builders.describes_itself(self.builder):
+            return {}
+        height, _, channels = self.image_shape
+        return {"names": self.classes, "size": height - 2 * self.pad, "channels": channels}
 
     def splits(self, data_dir: epath.PathLike | None = None) -> dict[str, int]:
         """{"train": 60000, ...}: the splits and how many examples each has."""
@@ -147,7 +159,7 @@ class Tfds:
 
     def fit(self, decoded: Sequence[np.ndarray]) -> np.ndarray:
         """uint8 images of any sizes -> uint8 [b, *image_shape]: crop, area resize, padding."""
-        if self.size:
+        if self.size and {image.shape[:2] for image in decoded} != {(self.size, self.size)}:
             squares = map(images.central_square, decoded)
             decoded = [images.area_resize(square, self.size, self.size) for square in squares]
         sides = (self.pad, self.pad)
@@ -217,5 +229,8 @@ DATASETS = {
     ),
     "imagenet64": functools.partial(Tfds, builder="imagenet64", held_out="validation", flip=True),
     "imagenet128": functools.partial(Tfds, builder="imagenet128", held_out="validation", flip=True),
+    "imagenet256": functools.partial(Tfds, builder="imagenet256", held_out="validation", flip=True),
+    # As `prepare --dataset=image_folder --path=DIR` made it; its --name is `builder` here.
+    "image_folder": functools.partial(Tfds, builder="image_folder"),
     "tfds": Tfds,
 }

@@ -1,4 +1,4 @@
-"""ImageNet at 64 and 128 pixels, from the archives of ILSVRC2012 as they are downloaded.
+"""ImageNet at 64, 128 and 256 pixels, from the archives of ILSVRC2012 as they are downloaded.
 
 Each image becomes its central square, resized by area, as PNG. A class of the training archive, an
 inner tar, becomes one shard, and the validation archive becomes 50. A shard is a function of its
@@ -10,14 +10,13 @@ import contextlib
 import functools
 import hashlib
 import importlib.resources
-import json
 import os
 import re
-import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import tensorflow_datasets as tfds
 
 from cfg_jax.data import shards
@@ -75,7 +74,11 @@ class Imagenet128(_Imagenet, skip_registration=True):
     name, side = "imagenet128", 128
 
 
-BUILDERS = {builder.name: builder for builder in (Imagenet64, Imagenet128)}
+class Imagenet256(_Imagenet, skip_registration=True):
+    name, side = "imagenet256", 256
+
+
+BUILDERS = {builder.name: builder for builder in (Imagenet64, Imagenet128, Imagenet256)}
 
 
 def prepare(
@@ -119,17 +122,12 @@ def prepare(
             for split, archive in archives.items()
         }
         parts = [part for split in plan.values() for part in split]
-        records = shards.make_all(parts, workers or _cores(), progress=progress, say=say)
+        records = shards.make_all(parts, workers or shards.cores(), progress=progress, say=say)
         made = {split: [records[part.shard.name] for part in plan[split]] for split in plan}
         found = {split: sum(record["count"] for record in made[split]) for split in made}
         if found != COUNTS and not partial:
             raise UsageError(f"{manual} holds {_told(found)}, not {_told(COUNTS)}: {_OR_PARTIAL}")
-        _describe(builder, folder, made)
-        for path in folder.iterdir():  # shards of other archives, tried before
-            if path.name.startswith(f"{builder.name}-") and path.name not in records:
-                path.unlink()
-        folder.rename(place)
-        shutil.rmtree(place / "records")  # they are in shards.json together
+        shards.finish(builder, folder, made)
 
 
 def _find(manual: Path, partial: bool) -> dict[str, Path]:
@@ -187,39 +185,16 @@ def _plan(
         raise UsageError(f"{archive} holds {len(files):,} {kind}, not {wanted:,}: {_OR_PARTIAL}")
     files.sort()  # by name; of the classes that is the order of the labels, too
     count = len(files) if split == "train" else min(_VALIDATION_SHARDS, len(files))
-    paths = _template(builder, folder, split).sharded_filepaths(count)
+    paths = shards.paths(builder, folder, split, count)
     bounds = [len(files) * i // count for i in range(count + 1)]
     return [
-        shards.Part(archive, tuple(files[start:end]), builder.side, Path(path))
+        shards.Part(archive, tuple(files[start:end]), builder.side, path, decode=_square)
         for path, start, end in zip(paths, bounds, bounds[1:])
     ]
 
 
-def _template(builder: _Imagenet, folder: Path, split: str) -> tfds.core.ShardedFileTemplate:
-    return tfds.core.ShardedFileTemplate(
-        dataset_name=builder.name, data_dir=folder, split=split, filetype_suffix="array_record"
-    )
-
-
-def _describe(builder: _Imagenet, folder: Path, made: dict[str, list[dict]]) -> None:
-    """Writes what TFDS reads a set by, and the records of the shards."""
-    builder.info.set_splits(
-        tfds.core.SplitDict(
-            tfds.core.SplitInfo(
-                name=split,
-                shard_lengths=[record["count"] for record in records],
-                num_bytes=sum(record["bytes"] for record in records),
-            )
-            for split, records in made.items()
-        )
-    )
-    builder.info.write_to_directory(folder)
-    (folder / "shards.json").write_text(json.dumps(made, indent=1))
-
-
-def _cores() -> int:
-    """How many this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _square(content: bytes, side: int) -> tuple[np.ndarray, str]:
+    return shards.small(content, side), ""
 
 
 def _told(counts: dict[str, int]) -> str:

@@ -1,9 +1,10 @@
-"""Images of a tar archive -> array_record shards, made by many processes, each shard once.
+"""Images of a tar archive or a folder -> array_record shards, made by many processes, each once.
 
 A shard is a function of its part of the archive alone. It is written under another name, renamed,
 and then recorded with its hash; one that is there with its record is not made again.
 """
 
+import collections
 import contextlib
 import dataclasses
 import fcntl
@@ -13,11 +14,12 @@ import io
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import tarfile
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
 from pathlib import Path
 from typing import NamedTuple
@@ -33,22 +35,30 @@ from cfg_jax.types import UsageError
 
 
 class File(NamedTuple):
-    """A member of an archive: an image, or a tar of images that share the label."""
+    """A member of an archive or a folder: an image, or a tar of images that share the label."""
 
     name: str
     offset: int  # of its content in the archive, in bytes
     size: int
     label: int
+    modified: int = 0  # when, in nanoseconds, where it is a file of its own
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Some members of an archive, and the shard that they become."""
+    """Some members of an archive or a folder, and the shard that they become.
+
+    decode(content, side) -> (uint8 [side, side, 3], a remark to be counted or ""); content is
+    bytes, or the path of a file in a folder. Where it raises, the run ends, or, if `lenient`, goes
+    on: the record then says of which files, and why.
+    """
 
     archive: Path
     files: tuple[File, ...]
     side: int  # of the images in the shard, in pixels
     shard: Path
+    decode: Callable[[bytes | Path, int], tuple[np.ndarray, str]]
+    lenient: bool = False
 
     @property
     def record(self) -> Path:
@@ -57,13 +67,12 @@ class Part:
     @property
     def source(self) -> dict[str, str | int]:
         """What tells this part from that of another archive."""
-        first, last = self.files[0], self.files[-1]
         return {
             "archive": self.archive.name,
-            "first": first.name,
-            "last": last.name,
-            "offset": first.offset,
-            "size": sum(file.size for file in self.files),
+            "first": self.files[0].name,
+            "last": self.files[-1].name,
+            "side": self.side,
+            "files": hashlib.sha256(repr(self.files).encode()).hexdigest(),
         }
 
 
@@ -98,13 +107,58 @@ def held(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
+def paths(builder: tfds.core.DatasetBuilder, folder: Path, split: str, count: int) -> list[Path]:
+    """Where the `count` shards of a split lie in a folder."""
+    template = tfds.core.ShardedFileTemplate(
+        dataset_name=builder.name, data_dir=folder, split=split, filetype_suffix="array_record"
+    )
+    return [Path(path) for path in template.sharded_filepaths(count)]
+
+
+def finish(
+    builder: tfds.core.DatasetBuilder, folder: Path, made: Mapping[str, Sequence[Mapping]]
+) -> None:
+    """Puts a folder of whole shards, {split: records}, where TFDS reads the set of the builder."""
+    builder.info.set_splits(
+        tfds.core.SplitDict(
+            tfds.core.SplitInfo(
+                name=split,
+                shard_lengths=[record["count"] for record in records],
+                num_bytes=sum(record["bytes"] for record in records),
+            )
+            for split, records in made.items()
+        )
+    )
+    builder.info.write_to_directory(folder)
+    (folder / "shards.json").write_text(json.dumps(made, indent=1))
+    names = {record["shard"] for records in made.values() for record in records}
+    for path in folder.iterdir():  # shards of other archives, tried before
+        if path.name.startswith(f"{builder.name}-") and path.name not in names:
+            path.unlink()
+    folder.rename(builder.data_path)
+    shutil.rmtree(Path(builder.data_path) / "records")  # they are in shards.json together
+
+
+def sources(place: Path) -> list[dict]:
+    """What the shards of a finished set were made of, in their order; [] where that is not told."""
+    told = place / "shards.json"
+    made = json.loads(told.read_text()) if told.exists() else {}
+    return [record["source"] for records in made.values() for record in records]
+
+
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def make_all(
     parts: Sequence[Part], workers: int, *, progress: Callable, say: Callable[[str], None]
 ) -> dict[str, dict]:
     """Makes the shards that are not there; the records of all, by the names of the shards.
 
     progress(total, unit, initial=n) -> a bar with update(n) and close(). A record holds shard,
-    count, bytes, sha256 and source. Raises the first UsageError of a shard, after those under way.
+    count, bytes, sha256 and source, remarks {remark: count} and bad [[name, label, why], ...].
+    Raises the first UsageError of a shard, after those under way.
     """
     pool = futures.ProcessPoolExecutor(
         max(1, min(workers, len(parts))), multiprocessing.get_context("spawn"), _start_worker
@@ -135,7 +189,8 @@ def kept(part: Part) -> dict | None:
     try:
         record = json.loads(part.record.read_text())
         # Through JSON, as it was stored.
-        same = record == json.loads(json.dumps(_record(part, record["count"])))
+        told = (record["count"], record["remarks"], record["bad"])
+        same = record == json.loads(json.dumps(_record(part, *told)))
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return record if same else None
@@ -151,27 +206,33 @@ def make(part: Part) -> dict:
     serializer = _serializer(part.side)
     # As TFDS writes, and what reading single records asks for.
     writer = array_record_module.ArrayRecordWriter(str(beside), "group_size:1")
-    count = 0
+    count, remarks, bad = 0, collections.Counter(), []
     try:
         try:
             for name, label, content in _images(part):
                 try:
-                    image = small(content, part.side)
+                    image, remark = part.decode(content, part.side)
                 except Exception as error:  # Pillow has no common base for what its formats raise
+                    if part.lenient:
+                        bad.append([name, label, _line(error)])
+                        continue
                     raise UsageError(
                         f"{name} of {part.archive} cannot be decoded: {_line(error)}"
                     ) from error
-                example = {"image": images.png(image), "label": label, "file_name": name}
+                if remark:
+                    remarks[remark] += 1
+                text = name.encode(errors="replace")  # which the name of a file need not be
+                example = {"image": images.png(image), "label": label, "file_name": text}
                 # Protocol buffers order the fields of a map by chance, unless told otherwise.
                 record = serializer.get_tf_example(example)
                 writer.write(record.SerializeToString(deterministic=True))
                 count += 1
         finally:
             writer.close()
-        if not count:
+        if not (count or bad):
             raise UsageError(f"{part.files[0].name} of {part.archive} holds no images")
         beside.rename(part.shard)
-        record = _record(part, count)
+        record = _record(part, count, remarks, bad)
         beside.write_text(json.dumps(record))
         beside.rename(part.record)
     except (OSError, RuntimeError) as error:  # array_record's errors are RuntimeErrors
@@ -189,8 +250,11 @@ def small(content: bytes, side: int) -> np.ndarray:
     return images.area_resize(images.central_square(image), side, side)
 
 
-def _images(part: Part) -> Iterator[tuple[str, int, bytes]]:
-    """(name, label, encoded image) of a part, in the order of the archive."""
+def _images(part: Part) -> Iterator[tuple[str, int, bytes | Path]]:
+    """(name, label, content for `decode`) of a part, in the order of the archive."""
+    if part.archive.is_dir():
+        yield from ((file.name, file.label, part.archive / file.name) for file in part.files)
+        return
     with part.archive.open("rb") as archive:
         for file in part.files:
             if not file.name.endswith(".tar"):
@@ -212,7 +276,7 @@ def _images(part: Part) -> Iterator[tuple[str, int, bytes]]:
                 ) from error
 
 
-def _record(part: Part, count: int) -> dict:
+def _record(part: Part, count: int, remarks: Mapping[str, int], bad: Sequence) -> dict:
     """The record of a shard that holds `count` examples."""
     with part.shard.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -224,6 +288,8 @@ def _record(part: Part, count: int) -> dict:
         "bytes": size,
         "sha256": digest,
         "source": part.source,
+        "remarks": dict(remarks),
+        "bad": bad,
     }
 
 

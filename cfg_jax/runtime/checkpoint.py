@@ -86,16 +86,17 @@ class Checkpoints:
             ),
         )
 
-    def save(self, step: int, state, ema) -> None:
-        """Starts to save; training may go on at once. A step that is there already stays.
+    def save(self, step: int, **trees) -> None:
+        """Starts to save items, state and ema or one of them; training may go on at once.
 
-        Raises NotSaved where this one, or the one before it, could not be written.
+        A step that is there already stays. Raises NotSaved where this one, or the one before it,
+        could not be written.
         """
         if step in self._manager.all_steps():
             return
-        save = ocp.args.StandardSave
+        items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
         with self._writing():
-            self._manager.save(step, args=ocp.args.Composite(state=save(state), ema=save(ema)))
+            self._manager.save(step, args=ocp.args.Composite(**items))
 
     @contextlib.contextmanager
     def _writing(self):

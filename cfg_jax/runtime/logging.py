@@ -4,12 +4,16 @@ pictures.
 
 import json
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
 import tqdm
 from etils import epath
 from tensorboardX import SummaryWriter
+
+from cfg_jax.runtime import wandb_run
 
 
 def say(message: str) -> None:
@@ -48,10 +52,13 @@ class RunLog:
 
     metrics.jsonl holds a line a step logged, and one more where the EMA was evaluated. A run that
     goes on from `start` first drops the lines after it, so that the file reads as if the run had
-    never stopped.
+    never stopped. `wandb` names a project of Weights & Biases to log to as well, and to tell the
+    config.
     """
 
-    def __init__(self, workdir: str, *, start: int, steps: int):
+    def __init__(
+        self, workdir: str, *, start: int, steps: int, config: Mapping[str, Any], wandb: str = ""
+    ):
         self._active = jax.process_index() == 0
         if not self._active:
             return
@@ -63,6 +70,7 @@ class RunLog:
         beside.replace(path)
         self._lines = path.open("a")
         self._events = SummaryWriter(str(root / "tensorboard"), purge_step=start + 1)
+        self._wandb = wandb_run.WandbRun(wandb, workdir, config) if wandb else None
         self._bar = progress_bar(steps, "step", initial=start)
 
     def advance(self) -> None:
@@ -78,12 +86,16 @@ class RunLog:
         self._lines.flush()
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.scalars(step, values)
         self._bar.set_postfix({k: f"{v:.4g}" for k, v in values.items()}, refresh=False)
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
         """Adds a picture, uint8 [H, W, C], to the events."""
         if self._active:
             self._events.add_image(name, image, step, dataformats="HWC")
+            if self._wandb:
+                self._wandb.image(step, name, image)
 
     def close(self) -> None:
         """Flushes and closes; safe to call twice."""
@@ -92,3 +104,5 @@ class RunLog:
             self._bar.close()
             self._lines.close()
             self._events.close()
+            if self._wandb:
+                self._wandb.close()
