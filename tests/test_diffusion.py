@@ -781,7 +781,7 @@ OF_X = {
 }
 
 
-@pytest.mark.parametrize("reading", logsnr.READINGS)
+@pytest.mark.parametrize("reading", TRAINED)
 @pytest.mark.parametrize("weight", weightings.WEIGHTS)
 def test_a_weight_counts_the_error_of_eps_or_x_whatever_the_network_says(weight, reading):
     """One image a level: the loss there is the weight times the error that its paper weighs."""
@@ -806,7 +806,7 @@ def test_a_weight_counts_the_error_of_eps_or_x_whatever_the_network_says(weight,
         np.testing.assert_allclose(found, wanted, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", logsnr.READINGS)
+@pytest.mark.parametrize("name", TRAINED)
 def test_a_weighted_loss_weighs_the_level_that_it_shows(name):
     batch = batch_of(64)
     total, _, _, shown = run(losses.Denoising(weight="min_snr"), linear(), batch, name)
@@ -832,7 +832,7 @@ def mixing(teacher, frozen):
     return Network(lambda key: {"off": jnp.float32(0)}, apply)
 
 
-@pytest.mark.parametrize("name", logsnr.READINGS)
+@pytest.mark.parametrize("name", TRAINED)
 def test_a_student_that_says_what_its_guided_teacher_says_has_learned_it(name):
     """The loss is zero, to rounding, and for a student that is off by d it is d^2; w is uniform on
     its range, and no other draw knows it. Nothing reaches the teacher.

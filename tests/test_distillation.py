@@ -10,7 +10,7 @@ import pytest
 from faults import assert_equal, final_state
 
 import cfg_jax
-from cfg_jax import api, experiment, generator, start, train
+from cfg_jax import api, experiment, generator, request, start, train
 from cfg_jax.runtime import mesh as meshes
 from cfg_jax.types import Network, UsageError
 
@@ -83,7 +83,7 @@ def passes_written(model):
 
 
 def test_a_student_takes_one_pass_a_step(model):
-    assert model.guidance().passes(3.0) == (1, 0)
+    assert model.guidance(3.0).passes(np.zeros(7)) == (7, 0)
     assert passes_written(model) == 1
     assert passes_written(small("digits")) == 4, "two, and each of them alone"
 
@@ -91,13 +91,13 @@ def test_a_student_takes_one_pass_a_step(model):
 @pytest.mark.parametrize("w", [-1.0, 4.1, [0.0, 5.0]])
 def test_a_strength_that_was_not_trained_is_refused(model, w):
     with pytest.raises(UsageError, match="trained for w from 0 to 4"):
-        generator.check_request(model, None, [0, 1], w, 0)
+        request.check(model, None, [0, 1], w, 0)
 
 
 def test_the_ends_of_a_range_that_float32_has_not_are_in_it():
     config = experiment.load_config("digits_distilled")
     config["loss"] |= {"w_min": 0.1, "w_max": 0.3}
-    generator.check_request(experiment.build(config), None, [0], [0.1, 0.3], 0)
+    request.check(experiment.build(config), None, [0], [0.1, 0.3], 0)
 
 
 @pytest.mark.parametrize(
