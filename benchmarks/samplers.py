@@ -69,19 +69,20 @@ def main() -> None:
     print(
         "| grid | sampler | levels | evaluations | fd_judge | is_judge |\n|---|---|---|---|---|---|"
     )
-    for grid, (name, sampler), budget in itertools.product(grids, SAMPLERS.items(), budgets):
-        some = with_budget(config, sampler, grid, budget // each)
-        images = generator.Generator(some, {"model": params}, mesh=mesh)(labels, options.w)
-        scored = scores.score(*look(images), labels, reference, knows_labels=look.knows_labels)
-        cost = each * len(some.sampler.levels(some.lams()))
-        fd, of_is = (scored[key].summary() for key in ("fd", "is"))
-        found.setdefault((grid, name), []).append((cost, fd["value"], of_is["value"]))
-        print(
-            f"| {grid} | {name} | {some.sample.steps} | {cost} | {fd['value']:.3f} ± "
-            f"{fd['error']:.3f} | {of_is['value']:.3f} ± {of_is['error']:.3f} |",
-            flush=True,
-        )
-    draw(found, grids, of_real["held_out"], options)
+    for done, grid in enumerate(grids, start=1):
+        for (name, sampler), budget in itertools.product(SAMPLERS.items(), budgets):
+            some = with_budget(config, sampler, grid, budget // each)
+            images = generator.Generator(some, {"model": params}, mesh=mesh)(labels, options.w)
+            scored = scores.score(*look(images), labels, reference, knows_labels=look.knows_labels)
+            cost = each * len(some.sampler.levels(some.lams()))
+            fd, of_is = (scored[key].summary() for key in ("fd", "is"))
+            found.setdefault((grid, name), []).append((cost, fd["value"], of_is["value"]))
+            print(
+                f"| {grid} | {name} | {some.sample.steps} | {cost} | {fd['value']:.3f} ± "
+                f"{fd['error']:.3f} | {of_is['value']:.3f} ± {of_is['error']:.3f} |",
+                flush=True,
+            )
+        draw(found, grids[:done], of_real["held_out"], options)
     runlog.say(options.out)
 
 

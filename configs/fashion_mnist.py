@@ -32,6 +32,7 @@ def get_config() -> ConfigDict:
                 "checkpoint_every": 500,
                 "sample_every": 0,
             },
+            # Fewer evaluations, by override: sampler dpmpp_2m or unipc, see docs/samplers.md.
             "sample": {"sampler": {"name": "ancestral", "v": 0.3}, "steps": 64},
         }
     )

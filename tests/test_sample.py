@@ -118,13 +118,18 @@ def test_the_command_writes_a_grid_for_each_w_from_the_same_seeds(cli, trained, 
 def test_steps_and_sampler_can_be_overridden_for_sampling(cli, trained, tmp_path):
     one = [f"--workdir={trained}", "--w=1", "--per_label=1"]
     results = []
-    for i, extra in enumerate(([], ["--config.sample.steps=4"], ["--config.sample.sampler.v=1.0"])):
+    others = (
+        ["--config.sample.steps=4"],
+        ["--config.sample.sampler.v=1.0"],
+        ["--config.sample.sampler=unipc", "--config.sample.grid=edm", "--config.sample.grid.rho=5"],
+    )
+    for i, extra in enumerate(([], *others)):
         out = tmp_path / str(i)
         result = cli("sample", *one, *extra, f"--out={out}")
         assert result.status == 0, result.err[-2000:]
         results.append(np.load(out / "samples.npz")["images"])
-    assert not np.array_equal(results[0], results[1])
-    assert not np.array_equal(results[0], results[2])
+    for result in results[1:]:
+        assert not np.array_equal(results[0], result)
     assert json.loads((trained / "config.json").read_text())["sample"]["steps"] == 8
 
 
