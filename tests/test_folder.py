@@ -250,6 +250,7 @@ def test_mistakes_are_one_line(options, wanted, tmp_path):
 
 
 def test_a_set_that_is_not_prepared_says_how(tmp_path):
+    (tmp_path / "cats" / "incomplete.1.0.0").mkdir(parents=True)  # of a run that was stopped
     with pytest.raises(UsageError, match=r"--dataset=image_folder --path=DIR --name=cats"):
         _ = datasets.DATASETS["image_folder"](builder="cats", data_dir=str(tmp_path)).image_shape
 

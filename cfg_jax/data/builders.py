@@ -85,7 +85,7 @@ def builder(name: str, data_dir: epath.PathLike | None = None) -> tfds.core.Data
     known = [*ours, *tfds.list_builders(with_community_datasets=False)]
     own_place = epath.Path(data_dir or tfds.core.constants.DATA_DIR) / bare
     # Asked here, because TFDS looks for unknown names on the network, and with TensorFlow.
-    if bare not in known and not own_place.exists():
+    if bare not in known and not _holds_a_set(own_place):
         near = difflib.get_close_matches(bare, known)
         hint = f"did you mean {' or '.join(near)}?" if near else "tfds.list_builders() names them;"
         raise UsageError(
@@ -103,6 +103,10 @@ def builder(name: str, data_dir: epath.PathLike | None = None) -> tfds.core.Data
         return found
     own = _without_tensorflow(type(found))
     return own(config=found.builder_config, **options) if own else tfds.builder(name, **options)
+
+
+def _holds_a_set(place: epath.Path) -> bool:
+    return place.exists() and any(not p.name.startswith("incomplete.") for p in place.iterdir())
 
 
 def describes_itself(name: str) -> bool:

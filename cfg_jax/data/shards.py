@@ -127,6 +127,7 @@ def finish(
                 num_bytes=sum(record["bytes"] for record in records),
             )
             for split, records in made.items()
+            if any(record["count"] for record in records)
         )
     )
     builder.info.write_to_directory(folder)
