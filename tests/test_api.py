@@ -18,8 +18,9 @@ ROOT = Path(__file__).parent.parent
 LABELS = [3, 1, 4]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def model(trained):
+    """Of the tests together: what one has compiled is there for the others."""
     return cfg_jax.load(trained)
 
 
@@ -46,22 +47,22 @@ def test_equal_settings_share_one_program(model, monkeypatch):
     for w in (0.0, 1.0):
         model.sample(LABELS, w)
         model.sample(LABELS, w, steps=8, sampler="ancestral", guidance={"name": "classifier_free"})
-        model.sample(LABELS, w, steps=4)
-        model.sample(LABELS, w, steps=4, sampler={"v": 0.3})
-    assert len(compiled) == 1, "steps=4; the config's own was made by load"
-    assert [g.compilations() for g in model._generators.values()] == [1, 1]
+        model.sample(LABELS, w, steps=5)
+        model.sample(LABELS, w, steps=5, sampler={"v": 0.3})
+    assert len(compiled) == 1, "steps=5; the config's own was made by load"
+    assert all(g.compilations() <= 1 for g in model._generators.values())
 
 
 @pytest.mark.parametrize("sampler", samplers.SAMPLERS)
 def test_the_trajectory_ends_in_the_image(model, sampler):
-    settings = {"w": 1.5, "seed": 4, "steps": 6, "sampler": sampler}
+    settings = {"w": 1.5, "seed": 4, "sampler": sampler}
     image = model.sample(LABELS, **settings)
     path = model.trajectory(LABELS, **settings)
-    assert path.dtype == np.uint8 and path.shape == (6, *image.shape)
+    assert path.dtype == np.uint8 and path.shape == (8, *image.shape)
     assert near(path[-1], image)
-    assert len(np.unique(path.reshape(6, -1), axis=0)) == 6
-    thinned = model.trajectory(LABELS, **settings, every=4)
-    np.testing.assert_array_equal(thinned, path[[1, 5]])
+    assert len(np.unique(path.reshape(8, -1), axis=0)) == 8
+    thinned = model.trajectory(LABELS, **settings, every=3)
+    np.testing.assert_array_equal(thinned, path[[1, 4, 7]])
 
 
 @pytest.mark.parametrize(
