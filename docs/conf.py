@@ -22,7 +22,8 @@ exclude_patterns = ["_build"]
 templates_path = ["_templates"]
 html_theme = "furo"
 html_title = "cfg_jax"
-html_theme_options = {"source_repository": "https://github.com/OWNER/cfg_jax"} | {
+html_theme_options = {
+    "source_repository": "https://github.com/OWNER/cfg_jax",
     "source_branch": "main",
     "source_directory": "docs/",
 }

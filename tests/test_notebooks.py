@@ -122,5 +122,6 @@ def check_the_plane(text: str) -> None:
     for exact, guided in chains[1:]:
         assert guided > exact + 0.1, "the guided chain goes further"
     for exact, own in diffused:
-        assert abs(own - exact) < 0.05, "the diffused score draws the figure"
-    print(intervals)
+        assert abs(own - exact) < 0.06, "the diffused score draws the figure"
+    everywhere, high, middle, low = (numbers[-1] for numbers in intervals)
+    assert everywhere > middle > max(high, low) + 0.2, "the middle does nearly all"
