@@ -95,6 +95,6 @@ def test_the_scale_of_zero_star():
 def test_a_wrong_rule_is_not_near():
     """The bound of this page can fail: eq. (6) is not APG."""
     with_c, without = tensors(2)
-    theirs = torch.from_numpy(x_of(directions.AdaptiveProjected(2.5), with_c, without))
+    theirs = torch.tensor(x_of(directions.AdaptiveProjected(2.5), with_c, without))
     with pytest.raises(AssertionError):
         near(x_of(guidance.ClassifierFree(2.5), with_c, without), theirs)

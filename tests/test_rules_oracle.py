@@ -69,8 +69,8 @@ AFFINE = {
         lambda w: lambda lam: w * 0.5 * (1 - np.cos(np.pi * (1 - time_of(lam)) ** 4)),
     ),
     "any callable": (
-        lambda w: strengths.Scheduled(FREE(w), lambda lam: jax.nn.sigmoid(lam + 1)),
-        lambda w: lambda lam: w / (1 + np.exp(-lam - 1)),
+        lambda w: strengths.Scheduled(FREE(w), lambda lam: jax.nn.sigmoid(lam - 2)),
+        lambda w: lambda lam: w / (1 + np.exp(2 - lam)),
     ),
     "an interval of a schedule": (
         lambda w: strengths.Interval(strengths.linear(FREE(w)), LOW, HIGH),
@@ -91,7 +91,7 @@ def mostly_slow(names, fast):
 
 @pytest.mark.parametrize("name", mostly_slow(AFFINE, {"an interval of a schedule"}))
 def test_a_w_of_the_level_tends_to_its_moment_equation_with_order_one(name):
-    """Measured: MEASURED"""
+    """As for a constant w in `test_oracle.py`; an interval's ends are levels of every grid."""
     make, strength = AFFINE[name]
     w = 1.0
     breaks = (LOW, HIGH) if "interval" in name else ()
@@ -133,7 +133,7 @@ def free(w, z, lam, with_c, without):
 
 def apg(w, z, lam, with_c, without, *, eta=0.0, bound=1.0):
     d = with_c - without
-    d = d * np.minimum(1, bound / np.sqrt(dot(d, d)))
+    d = d * bound / np.maximum(bound, np.sqrt(dot(d, d)))
     along = dot(d, with_c) / dot(with_c, with_c) * with_c
     return with_c + w * (d - along + eta * along)
 
@@ -233,18 +233,17 @@ def apart(one, other):
 def test_a_rule_on_a_mixture_follows_its_reverse_equation(name):
     """The chain of 256 levels against two steps of Heun for each, of the same Brownian motion.
 
-    Measured: MEASURED2
+    Measured: means to 0.9 % of a spread, covariances to 2.7 %; the paper's rule is off by 4 % (from
+    CFG-Zero*) to 120 % (from a dynamic threshold).
     """
     make, formula = RULES[name]
     w, grid = 2.0, schedules.uniform_lambda(schedules.Uniform(-10.0, 10.0), LEVELS)
     true = fine(formula, w)
     x = np.asarray(mixture_chain(make(w), brownian()[3], grid))
     means, covariances = apart(x, true)
-    print(name, means, covariances, apart(fine(free, w), true))
-    assert means < 0.05 and covariances < 0.07
+    assert means < 0.02 and covariances < 0.05
     # It can fail: the paper's rule lies further away than the bounds.
-    other = apart(fine(free, w), true)
-    assert other[0] > 0.1 or other[1] > 0.14
+    assert apart(fine(free, w), true)[0] > 0.03
 
 
 # CFG++
@@ -302,5 +301,4 @@ def test_cfg_plus_plus_is_unconditional_at_w_minus_1_and_pushes_at_every_step():
     mean, std, _ = oracle.impulse_moments(plus_plus_chain(-1.0, lams[1]))
     assert abs(mean - UNCONDITIONAL[0]) < 0.01 and abs(std / UNCONDITIONAL[1] - 1) < 0.05
     few, many = (oracle.impulse_moments(plus_plus_chain(-0.9, grid))[0] for grid in lams)
-    print(few, many)
     assert many - few > 0.02, "towards the condition"
