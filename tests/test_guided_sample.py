@@ -21,7 +21,7 @@ STEPS = 8
 def shaken(seed, **fields):
     """A network of random weights: its output is not zero, and its label matters."""
     config = experiment.SCHEMA.complete(experiment.load_config("digits"))
-    config["model"] |= {"channels": 8, "channel_mult": (1,), "attention_resolutions": ()}
+    config["model"] |= {"channels": 8, "head_channels": 8, "channel_mult": (1, 1)}
     config["sample"] |= {"steps": STEPS, "batch_size": 16, "grid": "uniform_lambda"}
     built = experiment.build({**config, **fields})
     params = jax.jit(built.network.init)(jax.random.key(seed))
