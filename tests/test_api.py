@@ -60,8 +60,7 @@ def test_the_trajectory_ends_in_the_image(model, sampler):
     path = model.trajectory(LABELS, **settings)
     assert path.dtype == np.uint8 and path.shape == (8, *image.shape)
     assert near(path[-1], image)
-    # Without noise, a network that has learned little soon says the same again.
-    assert len(np.unique(path.reshape(8, -1), axis=0)) >= 3
+    assert len(np.unique(path.reshape(8, -1), axis=0)) > 4, "it moves"
     thinned = model.trajectory(LABELS, **settings, every=3)
     np.testing.assert_array_equal(thinned, path[[1, 4, 7]])
 
