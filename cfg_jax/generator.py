@@ -6,6 +6,7 @@ jobs and the Python API are doors to it.
 
 import copy
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -137,7 +138,8 @@ class Generator:
         self.mesh = mesh or meshes.make_mesh()
         self.params = params
         self.batch_size = batch_size(model, self.mesh)
-        self._program = program(model, self.mesh, guide, along=along)
+        self._program = functools.partial(program, model, self.mesh, guide, along=along)
+        self._programs = {}  # by kind of rule; shared by the copies of `guided`
 
     def filled(self, count: int) -> int:
         """How many rows a batch of `count` has on the devices: a power of two on each, so that few
@@ -166,7 +168,12 @@ class Generator:
         # Of one type each, so that another value is no other program.
         rule = jax.tree.map(lambda a: a if isinstance(a, jax.Array) else np.float32(a), rule)
         conditions = rows["label"], rows["reference"], rows["index"]
-        return self._program(self.params, *conditions, rule, np.uint32(seed))
+        # One jitted function must not see two kinds: jax 0.10.2 holds the structures of different
+        # dataclasses with as many leaves to be equal, and may run the program of the other.
+        kind = str(jax.tree.structure(rule))
+        if kind not in self._programs:
+            self._programs[kind] = self._program()
+        return self._programs[kind](self.params, *conditions, rule, np.uint32(seed))
 
     def batch(self, labels: np.ndarray, index: np.ndarray, w, seed: int) -> np.ndarray:
         """`on_device`, as uint8 [N, H, W, C] on the host."""
@@ -222,7 +229,7 @@ class Generator:
         """How many programs were compiled so far: one a batch size and kind of rule, for all w,
         seeds, labels and numbers of the rule.
         """
-        return self._program._cache_size()
+        return sum(run._cache_size() for run in self._programs.values())
 
 
 def is_export(path: str) -> bool:

@@ -169,3 +169,13 @@ def energy_distance(one, other, *, splits, rng):
         sides[:, split] = rng.permutation(sides[:, 0])
     values = -np.sum(sides * (distance @ sides), axis=0) / n**2
     return values[0], values[1:]
+
+
+def by_kind(function):
+    """jit, with a program for each structure of the first argument, and the rest as usual.
+
+    jax.jit alone takes two dataclasses of as many fields for the same now and then (jax 0.10).
+    """
+    # A function of its own for each, and so a cache of its own.
+    of_kind = functools.cache(lambda kind: jax.jit(lambda *args: function(*args)))
+    return lambda first, *args: of_kind(str((type(first), jax.tree.structure(first))))(first, *args)

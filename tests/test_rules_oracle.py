@@ -79,7 +79,7 @@ AFFINE = {
 }
 
 
-@jax.jit
+@oracle.by_kind
 def affine_chain(rule, lams):
     guided = rule(gaussian(*CONDITIONAL), gaussian(*UNCONDITIONAL))
     return samplers.Ancestral(0.3)(guided, oracle.impulses(lams), lams).x
@@ -186,7 +186,7 @@ RULES = {
 }
 
 
-@jax.jit
+@oracle.by_kind
 def mixture_chain(rule, draws, lams):
     model = mixture.Mixture(jnp.array(MEANS), jnp.array(STDS), jnp.log(jnp.array(WEIGHTS)))
     member = jnp.array(LABEL[:, None] == np.arange(3))

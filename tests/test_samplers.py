@@ -46,16 +46,6 @@ def float64():
         yield
 
 
-def by_kind(function):
-    """jit with a program for each type of the first argument, and the rest as usual.
-
-    jax.jit alone takes two dataclasses of as many fields for the same now and then (jax 0.10).
-    """
-    # A function of its own for each, and so a cache of its own.
-    of_kind = functools.cache(lambda kind: jax.jit(lambda *args: function(*args)))
-    return lambda sampler, *args: of_kind(type(sampler))(sampler, *args)
-
-
 def gaussian(mean, std):
     return mixture.Mixture(jnp.full((1, 1), mean), jnp.array([std]), jnp.zeros(1)).denoiser()
 
@@ -63,7 +53,7 @@ def gaussian(mean, std):
 # Limits and orders, on (b): two Gaussians of unequal spreads, guided
 
 
-@by_kind
+@oracle.by_kind
 def flow_chain(sampler, w, lams):
     """The chains from z = 0 and z = 1, whatever is drawn later: [2]."""
     guided = guidance.ClassifierFree(w)(
@@ -110,7 +100,7 @@ def test_a_sampler_without_noise_has_its_order_and_solves_the_flow(name, w, floa
     assert errors[-1].max() < last, errors
 
 
-@by_kind
+@oracle.by_kind
 def noisy_chain(sampler, w, lams):
     guided = guidance.ClassifierFree(w)(
         gaussian(*oracle.CONDITIONAL), gaussian(*oracle.UNCONDITIONAL)
@@ -155,7 +145,7 @@ def classes(dtype):
     return mixture.Mixture(jnp.array(oracle.MEANS, dtype), jnp.array(oracle.STDS, dtype), weights)
 
 
-@by_kind
+@oracle.by_kind
 def mixture_flow(sampler, w, members, start, lams):
     model = classes(jnp.float64)
     guided = guidance.ClassifierFree(w)(model.given(members).denoiser(), model.denoiser())
@@ -204,7 +194,7 @@ LAMS = np.array([-6.0, -3.5, -2.0, -1.9, 0.5, 2.0, 5.0])
 DRAWS = np.random.default_rng(3).standard_normal((len(LAMS) + 1, 4, 3))
 
 
-@by_kind
+@oracle.by_kind
 def path(sampler, lams, draws):
     return sampler(bend, lambda i: draws[i], lams)
 
@@ -325,7 +315,7 @@ def test_the_denoiser_is_compiled_once(name):
 # One seed, one image; float32
 
 
-@by_kind
+@oracle.by_kind
 def seeded(sampler, keys):
     model = classes(jnp.float32)
     guided = guidance.ClassifierFree(1.0)(
@@ -348,7 +338,7 @@ def test_an_image_is_the_same_alone_in_any_batch_and_on_eight_devices(name):
     np.testing.assert_allclose(spread, whole, atol=1e-5)
 
 
-@by_kind
+@oracle.by_kind
 def clipped_path(sampler, draws):
     """On the paper's grid, whose first step is ten units of lambda, with x kept in [-1, 1]."""
 
