@@ -15,8 +15,10 @@ close; for mixtures the equation is run by stochastic Heun, of weak order 2, as 
 additive.
 """
 
+import functools
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from scipy.integrate import solve_ivp
