@@ -253,9 +253,7 @@ def _parts(
     bounds = [len(files) * i // count for i in range(count + 1)]
     return [
         shards.Part(root, tuple(files[start:end]), side, shard, decode=square, lenient=True)
-        for shard, start, end in zip(
-            shards.paths(made, folder, split, count), bounds, bounds[1:], strict=True
-        )
+        for shard, start, end in zip(shards.paths(made, folder, split, count), bounds, bounds[1:])
     ]
 
 
