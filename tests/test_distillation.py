@@ -77,7 +77,8 @@ def passes_written(model):
 
     counted = dataclasses.replace(model, network=Network(model.network.init, apply))
     params = {"model": jax.eval_shape(model.network.init, jax.random.key(0))}
-    arguments = (jnp.zeros(2, int), jnp.arange(2), jnp.float32(1), jnp.uint32(0))
+    label = jnp.zeros(2, int)
+    arguments = (label, label, jnp.arange(2), model.guidance(jnp.float32(1)), jnp.uint32(0))
     jax.eval_shape(lambda *a: generator.reverse_chain(*a, model=counted), params, *arguments)
     return len(calls)
 

@@ -89,6 +89,7 @@ def test_evaluations_are_those_of_the_levels_inside(sampler):
     assert str(count(1.0, interval)) == "11"
 
 
+@pytest.mark.slow
 def test_a_negative_label_that_is_the_label_guides_nowhere(sampler):
     threes = np.full(16, 3)
     away = sampler.guided(negative=[3])
@@ -115,6 +116,7 @@ def test_a_model_that_is_its_own_weaker_one_is_not_guided(model, sampler):
     assert request.evaluations(built, built, 4.0) == (8, 0, 8)
 
 
+@pytest.mark.slow
 def test_a_weaker_model_is_another_network_with_its_own_parameters(model, sampler):
     """Its readings are its own: at w = -1 the images are those that it makes alone."""
     weak, params = shaken(7, reading="velocity")
@@ -154,6 +156,7 @@ def weak(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_the_command_guides_by_a_weaker_model_in_an_interval(cli, trained, weak, tmp_path):
     rule = [
         "--config.sample.guidance.rule.name=apg",  # before the one around it, on purpose
