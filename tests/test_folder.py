@@ -111,7 +111,7 @@ def write_good(root):
     exif = PIL.Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees clockwise to see it upright
     save(both.rotate(90, expand=True), root / "rotated.jpg", exif=exif, quality=95)
-    save(image(30, 20), root / "small.png")
+    save(image(30, 12), root / "small.png")
 
 
 def write_bad(root):
