@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib import figure as figures
 
-from cfg_jax import evaluate, experiment, features, generator, request, sample, scores, sweep
+from cfg_jax import experiment, features, generator, reference, request, sample, scores, sweep
 from cfg_jax.data import images
 from cfg_jax.diffusion import corrections, directions, guidance, samplers, strengths
 from cfg_jax.metrics import frechet, inception_score
@@ -81,12 +81,12 @@ def generators(options: argparse.Namespace) -> dict[str, generator.Generator]:
     return out
 
 
-def point(made: np.ndarray, look: features.Extractor, reference: scores.Reference) -> dict:
+def point(made: np.ndarray, look: features.Extractor, real: scores.Reference) -> dict:
     """The Frechet distance and the inception score of images."""
-    seen, logits = look(made)
+    seen = look(made)
     return {
-        "fd": frechet.distance(frechet.moments(seen), reference.moments),
-        "is": inception_score.inception_score(logits).mean,
+        "fd": frechet.distance(frechet.moments(seen["features"]), real.moments),
+        "is": inception_score.inception_score(seen["logits"]).mean,
     }
 
 
@@ -124,10 +124,9 @@ def main() -> None:
 
     made_by = {name: one for name, one in generators(options).items() if name in asked}
     model = next(iter(made_by.values())).model
-    look = features.FEATURES["judge"](model, meshes.make_mesh(), options.judge)
-    real = model.dataset.load(model.dataset.split)
-    reference = scores.Reference.of(evaluate.look_through(look, real)[0])
-    labels = sweep.labels_of(options.num_samples, model.dataset.num_classes)
+    look = features.FEATURES["judge"](meshes.make_mesh(), options.judge)
+    real = reference.of_dataset(look, model.dataset).seen
+    labels = sweep.balanced_labels(options.num_samples, model.dataset.num_classes)
     shown = [int(np.flatnonzero(labels == c)[0]) for c in sample.some_labels(labels.max() + 1)]
     options.out.mkdir(parents=True, exist_ok=True)
     points = []
@@ -137,7 +136,7 @@ def main() -> None:
             made = one(labels, w)
             rows.append(made[shown])
             count = request.evaluations(one.model, one.guide, w)
-            p = {"rule": name, "w": w, **point(made, look, reference)}
+            p = {"rule": name, "w": w, **point(made, look, real)}
             p |= {"evaluations": count._asdict(), "sampler": type(one.model.sampler).__name__}
             points.append(p)
             print(f"{name:20} w={w:<4g} fd {p['fd']:8.2f}  is {p['is']:.3f}  {count}", flush=True)

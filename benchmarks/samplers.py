@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib import figure
 
-from cfg_jax import evaluate, experiment, features, generator, scores, sweep
+from cfg_jax import experiment, features, generator, panel, reference, sweep
 from cfg_jax.runtime import logging as runlog
 from cfg_jax.runtime import mesh as meshes
 
@@ -59,10 +59,11 @@ def main() -> None:
     meshes.split_cpu(config["sample"]["batch_size"])
     meshes.keep_compiled(options.workdir)
     model, mesh = experiment.build(config), meshes.make_mesh()
-    look = features.FEATURES["judge"](model, mesh, options.judge)
-    reference, of_real = evaluate.look_at_real(look, model.dataset)
+    look = features.FEATURES["judge"](mesh, options.judge)
+    judges = panel.Panel([look], [reference.of_dataset(look, model.dataset)])
+    held_out = judges.held_out(model.dataset)
     _, params = generator.load_ema(options.workdir, model)
-    labels = sweep.labels_of(options.images, model.dataset.num_classes)
+    labels = sweep.balanced_labels(options.images, model.dataset.num_classes)
     each = 1 if options.w == 0 else 2  # passes of the network for one of the denoiser
 
     found = {}
@@ -73,16 +74,16 @@ def main() -> None:
         for (name, sampler), budget in itertools.product(SAMPLERS.items(), budgets):
             some = with_budget(config, sampler, grid, budget // each)
             images = generator.Generator(some, {"model": params}, mesh=mesh)(labels, options.w)
-            scored = scores.score(*look(images), labels, reference, knows_labels=look.knows_labels)
+            scored = judges.score([look(images)], labels)
             cost = each * len(some.sampler.levels(some.lams()))
-            fd, of_is = (scored[key].summary() for key in ("fd", "is"))
+            fd, of_is = (scored[key].summary() for key in ("fd_judge", "is_judge"))
             found.setdefault((grid, name), []).append((cost, fd["value"], of_is["value"]))
             print(
                 f"| {grid} | {name} | {some.sample.steps} | {cost} | {fd['value']:.3f} ± "
                 f"{fd['error']:.3f} | {of_is['value']:.3f} ± {of_is['error']:.3f} |",
                 flush=True,
             )
-        draw(found, grids[:done], of_real["held_out"], options)
+        draw(found, grids[:done], held_out, options)
     runlog.say(options.out)
 
 

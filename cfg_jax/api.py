@@ -22,8 +22,8 @@ from cfg_jax.models import weights
 from cfg_jax.runtime import mesh as meshes
 from cfg_jax.types import Guidance, Params, UsageError
 
-# A name of SAMPLERS or GUIDANCE, or its options too: {"name": "ancestral", "v": 0.0}. Options alone
-# are of the entry that the model's config has.
+# A name of SAMPLERS, GRIDS or GUIDANCE, or its options: {"name": "ancestral", "v": 0.0}. Options
+# alone are of the entry that the model's config has.
 Entry = str | Mapping[str, Any]
 Rule = Callable[[Any], Guidance]  # w -> a guidance rule
 
@@ -79,20 +79,21 @@ class Model:
         index: Sequence[int] | None = None,
         steps: int | None = None,
         sampler: Entry | None = None,
+        grid: Entry | None = None,
         guidance: Entry | Rule | None = None,
         negative: Sequence[int] = (),
     ) -> np.ndarray:
         """Guided samples, uint8 [N, H, W, C], one a label, or one a mixture of labels [N, K].
 
         w is the paper's strength (scale - 1), one number or one a label. Image i depends on (seed,
-        index[i]), its label and its w alone, with index 0, 1, ... by default. `steps`, `sampler`
-        and `guidance` take the place of what the config's `sample` section says; a guidance is a
-        name, options, or a function of w: lambda w: Interval(ClassifierFree(w), low, high).
+        index[i]), its label and its w alone, with index 0, 1, ... by default. `steps`, `sampler`,
+        `grid` and `guidance` take the place of what the config's `sample` section says; a guidance
+        is a name, options, or a function of w: lambda w: Interval(ClassifierFree(w), low, high).
         `negative` are labels to move away from in place of the null one. Raises UsageError for a
         label outside the classes, a seed out of range, w < -1 or one that a student was not trained
         for, and names that are not known.
         """
-        generator = self._generator(steps, sampler, guidance, negative)
+        generator = self._generator(steps, sampler, grid, guidance, negative)
         return generator(labels, w, seed=seed, index=index)
 
     def trajectory(
@@ -105,6 +106,7 @@ class Model:
         index: Sequence[int] | None = None,
         steps: int | None = None,
         sampler: Entry | None = None,
+        grid: Entry | None = None,
         guidance: Entry | Rule | None = None,
         negative: Sequence[int] = (),
     ) -> np.ndarray:
@@ -115,7 +117,7 @@ class Model:
         """
         if every < 1:
             raise UsageError(f"every={every}: 1 keeps every estimate, 2 every second one.")
-        generator = self._generator(steps, sampler, guidance, negative, along=True)
+        generator = self._generator(steps, sampler, grid, guidance, negative, along=True)
         estimates = generator(labels, w, seed=seed, index=index)  # [N, T, H, W, C]
         return np.moveaxis(estimates, 1, 0)[::-1][::every][::-1]
 
@@ -132,7 +134,7 @@ class Model:
             known = {"step": self.step, "classes": self.classes}
             known["image_shape"] = model.dataset.image_shape
             known["parameters"] = sum(leaf.size for leaf in jax.tree.leaves(params))
-            known["guided"] = model.null_label is not None
+            known["guided"] = model.null_label is not None or model.w_range is not None
             beside.write_text(card.text(epath.Path(path).name, config, **known))
 
     def _model(self, chain: Mapping[str, Any]) -> experiment.Experiment:
@@ -147,6 +149,7 @@ class Model:
         self,
         steps: int | None = None,
         sampler: Entry | None = None,
+        grid: Entry | None = None,
         guidance: Entry | Rule | None = None,
         negative: Sequence[int] = (),
         *,
@@ -159,6 +162,7 @@ class Model:
         chain = {
             "steps": own["steps"] if steps is None else steps,
             "sampler": _merged(own["sampler"], sampler),
+            "grid": _merged(own["grid"], grid),
         }
         if not callable(guidance):
             chain["guidance"] = _merged(own["guidance"], guidance)
@@ -171,9 +175,7 @@ class Model:
                 f"guidance={model.sample.guidance['name']!r} needs a noisy classifier of these "
                 "images: cfg_jax.load(PATH, classifier=DIR)."
             )
-        if guide is not None and (
-            second is None or guide.is_classifier != (second == "classifier")
-        ):
+        if guide is not None and guide.is_classifier and second != "classifier":
             guide = None
         request.check_guidance(model, guide, [])
         kept = {name: model.config["sample"][name] for name in ("steps", "sampler", "grid", "clip")}

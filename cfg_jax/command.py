@@ -131,7 +131,9 @@ def _rename(config: dict, argv: list[str]) -> dict:
             continue
         section = config
         for parent in parents[:-1]:
-            section = section.setdefault(parent, {})
+            if isinstance(section.setdefault(parent, {}), str):  # a name for its section
+                section[parent] = {"name": section[parent]}
+            section = section[parent]
         given = section.get(parents[-1], {})
         if (given if isinstance(given, str) else given.get("name")) != value:
             section[parents[-1]] = {"name": value}

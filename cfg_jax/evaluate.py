@@ -70,11 +70,17 @@ def _define_flags() -> None:
 
 def rules(config: dict[str, Any], classifier: str | None, asked: str | None) -> list[str]:
     """The names of the guidance rules to compare. Raises UsageError for one that is not known."""
+
+    def takes_one(name: str) -> bool:
+        return with_rule(config, name).guidance(0.0).second == "classifier"
+
     own = config["sample"]["guidance"]["name"]
-    names = asked.split(",") if asked else [own, *(["classifier"] if classifier else [])]
+    names = asked.split(",") if asked else [own]
     for name in names:
         schema.entry("--guidance", guidance.GUIDANCE, name)
-    if classifier and "classifier" not in names:
+    if classifier and not asked and not takes_one(own):
+        names.append("classifier")
+    if classifier and not any(map(takes_one, names)):
         raise UsageError(
             f"--classifier={classifier} guides nothing: --guidance={asked} has no 'classifier'."
         )

@@ -235,6 +235,11 @@ def build(config: Mapping[str, Any]) -> Experiment:
         raise UsageError(f"sample.negative={outside}: the classes are 0 to {classes - 1}.")
     sampler = samplers.SAMPLERS[sample.sampler["name"]](**_options(sample.sampler))
     check_pair(rule(sample.guidance), sampler)
+    if getattr(sampler, "learned_v", False) and reading.outputs == 1:
+        raise UsageError(
+            f"sample.sampler.learned_v=True with reading={config['reading']!r}: this network tells "
+            "no variance; published ones do (reading='eps_and_v')."
+        )
     lams = functools.partial(
         schedules.GRIDS[sample.grid["name"]], schedule, sample.steps, **_options(sample.grid)
     )

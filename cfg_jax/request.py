@@ -44,6 +44,18 @@ def check_guidance(
         )
     if guide is not None:
         check_same_images(f"--{kind}", guide, model)
+    if (type(rule) is guidance.Distilled) != (model.w_range is not None):
+        raise UsageError(
+            f"sample.guidance.name={name!r}: a student has its guidance inside and is sampled by "
+            "'distilled' alone, and nothing else is."
+        )
+    if kind == "weak" and guide.w_range is not None:
+        raise UsageError("--weak holds a student, which is guided itself: take its teacher.")
+    if kind == "weak" and guide.reading.outputs != model.reading.outputs:
+        raise UsageError(
+            "--weak: one of the two networks tells a variance and the other does not, and so they "
+            "are no pair; take two of one kind."
+        )
     null = rule.second == "reference" and kind is None and not model.sample.negative
     if null and model.null_label is None and any(w):
         raise UsageError(

@@ -146,9 +146,8 @@ def train(
     step_fn.eval_shape(shapes, frozen, rows, key_train)  # what only a trace finds wrong: here
     new = not checkpoint.has_checkpoint(workdir)
     begin = start.load_start(init_from, model, shardings.ema) if init_from and new else None
-    frozen = start.load_teacher(workdir, teacher, model, frozen)
-
     watched = watch.Watch(model, mesh, workdir) if model.evaluate.every else None
+    frozen = start.load_teacher(workdir, teacher, model, frozen)
     if new:
         reconstruct.forget(workdir)
     checkpoint.write_config(workdir, config)

@@ -122,11 +122,13 @@ class ZeroStar:
 
             def mix() -> Prediction:
                 said, without = (
-                    logsnr.VELOCITY.target(*side, lam) for side in (with_c, reference(z, lam))
+                    logsnr.VELOCITY.target(side.x, side.eps, lam)
+                    for side in (with_c, reference(z, lam))
                 )
                 a = logsnr.expand(w, z)
                 velocity = (1 + a) * said - a * scale_of(said, without) * without
-                return logsnr.VELOCITY.read(z, velocity.astype(z.dtype), lam)
+                x, eps = logsnr.VELOCITY.read(z, velocity.astype(z.dtype), lam)
+                return with_c._replace(x=x, eps=eps)
 
             return _unless(w, 0, mix, lambda: with_c)
 
@@ -170,7 +172,7 @@ class PlusPlus:
             def mix() -> Prediction:
                 a = logsnr.expand(w, z)
                 x = (1 + a) * conditional(z, lam).x - a * without.x
-                return Prediction(x.astype(z.dtype), without.eps)
+                return without._replace(x=x.astype(z.dtype))
 
             return _unless(w, -1, mix, lambda: without)
 

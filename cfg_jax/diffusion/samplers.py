@@ -117,7 +117,8 @@ class DDIM:
 
         def step(z, level):
             t, lam, lam_next = level
-            x, eps = denoiser(z, lam)
+            said = denoiser(z, lam)
+            x, eps = said.x, said.eps
             # keep^2 as a sum: 1 - spread^2 would lose its digits where eta = 1 and the step is
             # long.
             keep = jnp.sqrt(1 - self.eta**2 + self.eta**2 * jnp.exp(lam - lam_next))

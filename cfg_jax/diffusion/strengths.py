@@ -110,6 +110,11 @@ class Scheduled:
 
     def __post_init__(self):
         check_inner(self, self.rule)
+        if not self.rule.keeps_pair:
+            raise UsageError(
+                f"a schedule of w around {type(self.rule).__name__}: its w stays in [-1, 0], and a "
+                "schedule goes up to twice as far."
+            )
 
     def passes(self, lams: Array) -> tuple[int, int]:
         each = [self._at(lam).passes(lam[None]) for lam in lams]
