@@ -59,9 +59,10 @@ def check_guidance(
     null = rule.second == "reference" and kind is None and not model.sample.negative
     if null and model.null_label is None and any(w):
         raise UsageError(
-            f"w={[float(s) for s in w if s]}: this model has no null label (p_uncond = 0), so only "
-            "w=0 can be sampled; train with loss.p_uncond above 0, or guide by --weak=DIR or away "
-            "from --config.sample.negative=LABEL."
+            f"w={[float(s) for s in w if s]}: this model has no null label (p_uncond = "
+            f"{model.config['loss']['p_uncond']:g}), so only w=0 can be sampled; train with "
+            "loss.p_uncond between 0 and 1, or guide by --weak=DIR or away from "
+            "--config.sample.negative=LABEL."
         )
     if model.w_range is not None:
         low, high = np.float32(model.w_range)

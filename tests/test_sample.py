@@ -182,7 +182,7 @@ def test_classifier_guidance_moves_towards_its_class(cli, tiny, trained, tmp_pat
     )
     labels = np.arange(16) % 10
     judge = jax.jit(
-        lambda params, images: guided.classifier.network.apply(
+        lambda params, images: guided.guide.network.apply(
             params, images / 127.5 - 1, np.full(len(images), 8.0, np.float32), {}
         )
     )
