@@ -47,19 +47,24 @@ SAMPLERS = {
 GRIDS = {name: grid for name, grid in schedules.GRIDS.items() if name != "explicit"}
 CELLS = 2000  # of lambda, for the fine solution
 FINE = np.linspace(-20, 20, CELLS + 1)
+LEFT_OUT = {
+    "cfg_plus_plus": "it re-adds another noise than z has, moves by as much in every step, however "
+    "short, and so has no limit of many steps",
+    "distilled": "it is what a network was trained to say, and has no formula",
+}
 TARGETS = {"b": "two Gaussians of unequal spreads", "c": "a mixture of three classes in the plane"}
 
 
 def rule_of(name: str):
     """The table's rule at strength W; around the paper's rule where it goes around another.
 
-    None for a rule whose limit of many steps is not that of a reverse equation: one that adds
-    another noise than z has (CFG++), and so moves by as much in every step, however short.
+    None for what is LEFT_OUT.
     """
+    if name in LEFT_OUT:
+        return None
     entry = guidance.GUIDANCE[name]
     first = next(iter(inspect.signature(entry).parameters))
-    rule = entry(guidance.ClassifierFree(W) if first == "rule" else W)
-    return rule if getattr(rule, "keeps_pair", True) else None
+    return entry(guidance.ClassifierFree(W) if first == "rule" else W)
 
 
 def target(name: str, points: int):
@@ -218,7 +223,6 @@ def number(value: float) -> str:
 def report(found, points: int, seconds: float) -> str:
     versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in ("jax", "jaxlib", "numpy"))
     rules = dict.fromkeys(rule for rule, *_ in found)
-    left_out = [name for name in guidance.GUIDANCE if rule_of(name) is None]
     lines = [
         "# The oracle table",
         "",
@@ -238,12 +242,14 @@ def report(found, points: int, seconds: float) -> str:
         "left: some 0.3 per cent at 256 levels, so that an order of theirs is rough.",
         "",
     ]
-    if left_out:
-        lines += [
-            f"Left out: {', '.join(left_out)}, which re-adds another noise than z has and so has "
-            "no limit of many steps.",
-            "",
-        ]
+    lines += [f"`{name}` is left out: {why}." for name, why in LEFT_OUT.items()]
+    lines += ["", "## The fitted orders, (b) / (c)", ""]
+    lines += [f"| rule | {' | '.join(SAMPLERS)} |", "|" + "---|" * (1 + len(SAMPLERS))]
+    for rule in rules:
+        cells = [[found[rule, which, s, "uniform_lambda"] for which in TARGETS] for s in SAMPLERS]
+        orders = [" / ".join(map(order, pair)) for pair in cells]
+        lines.append(f"| {' | '.join([rule, *orders])} |")
+    lines.append("")
     for rule, (which, title) in itertools.product(rules, TARGETS.items()):
         lines += [f"## {rule}, ({which}) {title}", ""]
         head = ["sampler", "grid", *map(str, STEPS), "order"]

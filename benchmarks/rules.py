@@ -1,7 +1,8 @@
 """Every guidance rule on one trained model: strips of images at equal seeds, and the frontier.
 
     python -m benchmarks.rules --workdir=runs/digits --judge=runs/digits_judge [--weak=DIR]
-        [--num_samples=1000] [--steps=32] [--sampler=NAME] [--grid=NAME] [--out=docs/guidance]
+        [--num_samples=1000] [--steps=32] [--sampler=NAME] [--grid=NAME] [--rules=NAME,NAME]
+        [--w=0.5,1] [--data_dir=DIR] [--split=SPLIT] [--out=docs/guidance]
 
 Writes RULE.png, a row for each w and a column a class, frontier.png, the Frechet distance against
 the inception score of every rule over w, and rules.json with the numbers and what each point cost.
@@ -58,6 +59,8 @@ def generators(options: argparse.Namespace) -> dict[str, generator.Generator]:
     config = generator.saved_config(options.workdir)
     config["sample"] |= {"steps": options.steps, "grid": options.grid}
     config["sample"] |= {"sampler": {"name": options.sampler}, "guidance": {}}
+    asked = {"data_dir": options.data_dir, "split": options.split}
+    config["dataset"] |= {name: value for name, value in asked.items() if value}
     meshes.split_cpu(config["sample"]["batch_size"])
     model = experiment.build(config)
     plain, _ = generator.load(options.workdir, model)
@@ -118,9 +121,13 @@ def main() -> None:
     parser.add_argument("--sampler", default="ancestral")
     parser.add_argument("--grid", default="uniform_lambda")
     parser.add_argument("--rules", help="some of them: NAME,NAME")
+    parser.add_argument("--w", help="in place of each rule's own: W,W")
+    parser.add_argument("--data_dir", help="where the real images are")
+    parser.add_argument("--split", help="the real images to compare with")
     parser.add_argument("--out", default="docs/guidance", type=Path)
     options = parser.parse_args()
     asked = options.rules.split(",") if options.rules else list(VARIANTS)
+    strengths_asked = [float(w) for w in options.w.split(",")] if options.w else None
 
     made_by = {name: one for name, one in generators(options).items() if name in asked}
     model = next(iter(made_by.values())).model
@@ -132,7 +139,7 @@ def main() -> None:
     points = []
     for name, one in made_by.items():
         rows = []
-        for w in VARIANTS[name].w:
+        for w in strengths_asked or VARIANTS[name].w:
             made = one(labels, w)
             rows.append(made[shown])
             count = request.evaluations(one.model, one.guide, w)

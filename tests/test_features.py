@@ -145,11 +145,16 @@ def test_a_photograph_is_what_it_shows(state):
 # --- extractors ---
 
 
-def test_features_are_the_same_on_one_and_eight_devices():
-    """Of any network: what it sees in an image does not depend on where the image lies."""
+def test_features_and_scores_are_the_same_on_one_and_eight_devices():
+    """Of any network: what it sees in an image does not depend on where the image lies, nor do the
+    scores, to 1e-5 of what they would vary by with other images.
+    """
     rng = np.random.default_rng(0)
     params = {"kernel": rng.standard_normal((48, 6)).astype(np.float32)}
-    images = rng.integers(0, 256, (21, 4, 4, 3), dtype=np.uint8)
+    images = rng.integers(0, 256, (61, 4, 4, 3), dtype=np.uint8)
+    of_real = rng.uniform(0, 1, (80, 48)) @ params["kernel"]
+    real = scores.Reference.of(of_real + 0.5 * rng.standard_normal(6))
+    labels = np.arange(61) % 6
 
     def look(params, batch):
         x = batch.reshape(len(batch), -1) / np.float32(255)
@@ -168,10 +173,16 @@ def test_features_are_the_same_on_one_and_eight_devices():
             batch_size=8,
         )
         seen.append(extractor(images))
-    assert seen[0]["features"].shape == (21, 6)
+    assert seen[0]["features"].shape == (61, 6)
     for name, one in seen[0].items():
         assert np.abs(one - seen[1][name]).max() < 1e-5 * one.std()
     np.testing.assert_allclose(seen[0]["features"], -seen[0]["logits"])
+
+    one, eight = (scores.score(saw, labels, real, knows_labels=True) for saw in seen)
+    assert {"fd", "is", "precision", "recall", "kid", "nn", "accuracy"} == set(one)
+    for name, score in one.items():
+        spread = score.summary()["error"]
+        assert spread > 0 and abs(score.value - eight[name].value) < 1e-5 * spread, name
 
 
 # --- the published evaluators ---

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from faults import assert_equal, final_state
+from faults import assert_equal, final_state, run_together
 
 import cfg_jax
 from cfg_jax import watch
@@ -50,6 +50,22 @@ def test_the_numbers_are_those_of_evaluate(cli, watched, judge, tmp_path):
     for point in json.loads((tmp_path / "sweep.json").read_text())["points"]:
         for name, score in point["scores"].items():
             assert found[20][f"evaluate/{name}_w{point['w']:g}"] == pytest.approx(score["value"])
+
+
+@pytest.mark.slow
+def test_two_processes_see_what_one_does(cli, watching, watched, tmp_path):
+    """And keep one best between them, of which both know when they go on."""
+    run = [*watching, "--config.train.steps=10", f"--workdir={tmp_path / 'two'}"]
+    run_together(cli, 2, "train", *run)
+    one, two = logged(watched)[10], logged(tmp_path / "two")[10]
+    named = [name for name in one if name.startswith("evaluate/")]
+    assert named
+    for name in named:
+        assert two[name] == pytest.approx(one[name], rel=0.02, abs=0.05), name
+    best = json.loads(weights.load_safetensors(tmp_path / "two" / watch.BEST)[1]["best"])
+    assert best["value"] == min(two["evaluate/fd_judge_w0"], two["evaluate/fd_judge_w1.5"])
+    said = "".join(result.err for result in run_together(cli, 2, "train", *run))
+    assert "nothing is left" in said and "the real images" not in said
 
 
 def test_the_best_is_kept_and_is_a_model(watched):
