@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from cfg_jax import api, experiment, generator, probes, request
+from cfg_jax import experiment, probes, request, stored
 from cfg_jax.models import weights
 from cfg_jax.runtime import checkpoint
 from cfg_jax.runtime import logging as runlog
@@ -67,10 +67,10 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def load_start(init_from: str, model: experiment.Experiment, shardings: Any) -> Params:
     """Another run's EMA to start from. Raises UsageError unless it is of the same network."""
-    other = experiment.build(generator.saved_config(init_from, "--init_from"))
+    other = experiment.build(stored.saved_config(init_from, "--init_from"))
     ours, theirs = (jax.eval_shape(m.network.init, jax.random.key(0)) for m in (model, other))
     weights.check_shapes(f"--init_from={init_from}", theirs, ours)
-    step, ema = generator.load_ema(init_from, model, shardings)
+    step, ema = stored.load_ema(init_from, model, shardings)
     runlog.say(f"starting from the EMA of {init_from} at step {step}")
     return ema
 
@@ -94,7 +94,7 @@ def load_teacher(
     shardings = jax.tree.map(lambda leaf: leaf.sharding, wanted)
     kept = epath.Path(workdir) / "teacher.safetensors"
     if checkpoint.has_checkpoint(workdir) and kept.exists():
-        _, ema = generator.load_ema(str(kept), model.teacher, shardings)
+        _, ema = stored.load_ema(str(kept), model.teacher, shardings)
         runlog.say(f"learning from {kept}, kept since this run began")
         return ema
     if given is None:
@@ -102,14 +102,14 @@ def load_teacher(
             "loss.name='distillation' learns from a trained model: --teacher=DIR names its folder "
             "or exported file. Once the run has begun it is not asked for again."
         )
-    theirs = experiment.build(generator.saved_config(given, "--teacher"))
+    theirs = experiment.build(stored.saved_config(given, "--teacher"))
     _check_teacher(given, theirs, model.teacher)
-    step, ema = generator.load_ema(given, model.teacher, shardings)
+    step, ema = stored.load_ema(given, model.teacher, shardings)
     runlog.say(f"learning from the EMA of {given} at step {step}")
     whole = meshes.gather(ema)
     if jax.process_index() == 0:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        api.export(str(kept), whole, theirs.config, step)
+        stored.export(str(kept), whole, theirs.config, step)
     meshes.barrier("teacher")
     return ema
 

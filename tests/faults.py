@@ -25,7 +25,7 @@ import jax
 import numpy as np
 from cli import TINY, Cli, Running
 
-from cfg_jax import experiment, generator, train, train_step
+from cfg_jax import experiment, stored, train, train_step
 from cfg_jax.runtime import checkpoint
 from cfg_jax.runtime import mesh as meshes
 
@@ -47,7 +47,7 @@ class Seen:
 
 def final_state(workdir) -> dict[str, np.ndarray]:
     """{path: array} of the newest checkpoint: step, parameters, optimizer and EMA."""
-    model = experiment.build(generator.saved_config(str(workdir)))
+    model = experiment.build(stored.saved_config(str(workdir)))
     init = functools.partial(
         train_step.init_state,
         network=model.network,

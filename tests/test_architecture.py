@@ -15,7 +15,7 @@ FLOORS = (
     {*ROOMS, "schema", "probes", "hlo", "chips", "power_ema"},
     {"train_step", "traffic", "sections"},
     {"experiment"},
-    {"request"},
+    {"request", "stored"},
     {"generator", "command", "scores"},
     {"features", "paper"},
     {"reference"},

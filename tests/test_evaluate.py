@@ -11,7 +11,7 @@ import pytest
 from faults import run_together
 
 import cfg_jax
-from cfg_jax import experiment, features, generator, report, scores
+from cfg_jax import experiment, features, generator, report, scores, stored
 from cfg_jax import sweep as sweeps
 from cfg_jax.types import UsageError
 
@@ -214,7 +214,7 @@ def test_a_reference_file_is_as_good_as_the_data(cli, flags, sweep, trained, jud
 
 def test_pictures_come_in_the_order_asked_for(trained):
     """Whatever the chunks that they are made in."""
-    config = generator.saved_config(str(trained))
+    config = stored.saved_config(str(trained))
     sampled, _ = generator.load(str(trained), experiment.build(config))
     labels = np.arange(40) % 10
     keep = np.array([31, 3, 17, 0, 39])
