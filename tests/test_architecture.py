@@ -13,8 +13,8 @@ ROOMS = ("diffusion", "models", "data", "runtime", "metrics")
 FLOORS = (
     {"types"},
     {*ROOMS, "schema", "probes", "hlo", "chips", "power_ema"},
-    {"train_step", "traffic", "sections"},
-    {"experiment"},
+    {"train_step", "executed", "sections"},
+    {"experiment", "traffic"},
     {"request", "stored"},
     {"generator", "command", "scores"},
     {"features", "paper"},

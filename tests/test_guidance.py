@@ -9,7 +9,7 @@ import numpy as np
 import oracle
 import pytest
 
-from cfg_jax import experiment, hlo
+from cfg_jax import executed, experiment, hlo
 from cfg_jax.diffusion import (
     clocks,
     corrections,
@@ -362,7 +362,7 @@ def test_the_compiled_program_holds_the_second_network_in_a_branch_alone(optimis
 
         def is_wide(i, c):
             sides = [*i.result, *(array for o in i.operands if o in c for array in c[o].result)]
-            return hlo.product_flops(i, c) > 0 and any(wide in side.dims for side in sides)
+            return executed.product_flops(i, c) > 0 and any(wide in side.dims for side in sides)
 
         holding = {
             name
