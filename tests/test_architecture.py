@@ -22,7 +22,7 @@ FLOORS = (
     {"panel"},
     {
         *("prepare", "convert", "start", "train", "reconstruct", "sample", "sweep", "evaluate"),
-        *("watch", "programs", "plan", "curve", "report", "figure2", "card", "api"),
+        *("watch", "programs", "plan", "plan_report", "curve", "report", "figure2", "card", "api"),
     },
 )
 # A library and the places that may know it.
