@@ -221,7 +221,7 @@ def test_the_cosine_schedule_holds_in_float32_near_both_ends():
 
 def test_the_cosine_schedule_draws_a_hyperbolic_secant():
     """p(lam) = sech(lam / 2) / (4 a): the schedule is the inverse of its distribution function, and
-    its quantiles are those of the paper's setting (PAPER.md, 1.4).
+    its quantiles are those of the paper's setting.
     """
     u = jnp.linspace(0, 1, 1001)
     lam = np.float64(schedules.Cosine()(u))
@@ -242,7 +242,7 @@ def test_the_uniform_schedule_is_uniform():
     "steps, first", [(256, [-10.17, -8.79, -7.98]), (128, [-8.78, -7.40]), (1024, [-12.90, -11.54])]
 )
 def test_the_papers_grid_has_its_known_levels_at_both_ends(steps, first):
-    """Uniform u with both ends, as in Algorithm 2; the levels are those of PAPER.md, 1.8."""
+    """Uniform u with both ends, as in Algorithm 2; the levels are known."""
     lams = np.asarray(schedules.uniform_u(schedules.Cosine(), steps))
     assert lams.shape == (steps,)
     assert (lams[0], lams[-1]) == (-20, 20)

@@ -391,7 +391,7 @@ def test_the_compiled_program_holds_the_second_network_in_a_branch_alone(optimis
 
 
 def test_intervals_in_sigma_are_those_of_the_paper():
-    """PAPER.md section 5, Kynkaanniemi et al. (2024), table 1."""
+    """Kynkaanniemi et al. (2024), table 1."""
     sigma = np.array([[0.28, 2.90], [0.19, 1.61], [0.34, 1.02], [0.60, 5.00]])
     lam = clocks.lam_of_sigma(sigma)[:, ::-1]
     told = [[-2.13, 2.55], [-0.95, 3.32], [-0.04, 2.16], [-3.22, 1.02]]
