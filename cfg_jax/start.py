@@ -2,7 +2,7 @@
 whether it begins well.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -43,16 +43,10 @@ def check_same_run(workdir: str, config: Mapping[str, Any]) -> None:
         raise UsageError(f"--workdir={workdir} is a file: name a folder, new or of this run.")
     if not checkpoint.has_checkpoint(workdir):
         return  # whatever was tried there has left nothing to protect
-    there = _flat(experiment.SCHEMA.complete(checkpoint.read_config(workdir) or {}))
-    here = _flat(config)
-    other = [
-        f"{path}={here.get(path)!r} (there {there.get(path)!r})"
-        for path in sorted(there.keys() | here.keys())
-        if there.get(path) != here.get(path) and not path.startswith(MAY_CHANGE)
-    ]
-    if other:
+    there = experiment.SCHEMA.complete(checkpoint.read_config(workdir) or {})
+    if other := _differing(there, config, lambda path: path.startswith(MAY_CHANGE)):
         raise UsageError(
-            f"--workdir={workdir} holds a run of another config: {', '.join(other)}. Take another "
+            f"--workdir={workdir} holds a run of another config: {other}. Take another "
             "--workdir, or the same config to go on."
         )
 
@@ -63,6 +57,18 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         path = f"{prefix}{key}"
         out |= _flat(value, f"{path}.") if isinstance(value, Mapping) else {path: value}
     return out
+
+
+def _differing(
+    there: Mapping[str, Any], here: Mapping[str, Any], may: Callable[[str], bool]
+) -> str:
+    """The fields in which two configs differ, but for those that may; "" where there are none."""
+    there, here = _flat(there), _flat(here)
+    return ", ".join(
+        f"{path}={here.get(path)!r} (there {there.get(path)!r})"
+        for path in sorted(there.keys() | here.keys())
+        if there.get(path) != here.get(path) and not may(path)
+    )
 
 
 def load_start(init_from: str, model: experiment.Experiment, shardings: Any) -> Params:
@@ -122,16 +128,9 @@ def _check_teacher(
             f"--teacher={given} cannot be guided: it has no null label that was trained."
         )
     request.check_same_images(f"--teacher={given}", theirs, wanted)
-    there, here = (_flat({k: m.config[k] for k in ("model", "reading")}) for m in (theirs, wanted))
-    other = [
-        f"{path}={here.get(path)!r} (there {there.get(path)!r})"
-        for path in sorted(there.keys() | here.keys())
-        if there.get(path) != here.get(path) and path.split(".")[-1] not in MAY_DIFFER
-    ]
-    if other:
-        raise UsageError(
-            f"--teacher={given} is another network than this student's: {', '.join(other)}."
-        )
+    there, here = ({k: m.config[k] for k in ("model", "reading")} for m in (theirs, wanted))
+    if other := _differing(there, here, lambda path: path.split(".")[-1] in MAY_DIFFER):
+        raise UsageError(f"--teacher={given} is another network than this student's: {other}.")
 
 
 class StartProbes:
