@@ -41,20 +41,6 @@ STEPS = PAIRS[PAIRS[:, 0] < PAIRS[:, 1]]
 TRAINED = [name for name in logsnr.READINGS if name != "eps_and_v"]
 
 
-@pytest.fixture
-def optimised():
-    """As users compile, where it is the compiler's work that is looked at."""
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
-
-
-@pytest.fixture
-def float64():
-    with jax.enable_x64(True):
-        yield
-
-
 def draws(*shape, seed=0, dtype=np.float32):
     return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
 

@@ -27,19 +27,7 @@ from cfg_jax.types import Prediction, UsageError
 ALL = (-np.inf, np.inf)
 FREE = guidance.ClassifierFree
 
-
-@pytest.fixture(autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
-
-
-@pytest.fixture
-def optimised():
-    """As users compile, where it is the compiler's work that is looked at."""
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 D = 5
