@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cfg_jax import experiment, generator, train
+from cfg_jax import experiment, stored, train
 from cfg_jax.data import images
 from cfg_jax.diffusion import logsnr, losses
 from cfg_jax.runtime import mesh as meshes
@@ -63,7 +63,7 @@ def main() -> None:
             train.train({**config, "model": {**config["model"], "dtype": dtype}}, str(workdir))
             lines = (workdir / "metrics.jsonl").read_text().splitlines()
             curves[dtype] = [json.loads(line) for line in lines]
-        _, ema = generator.load_ema(f"{home}/float32", experiment.build(config))
+        _, ema = stored.load_ema(f"{home}/float32", experiment.build(config))
     print("| up to step | loss, float32 | loss, bfloat16 |")
     print("|---|---|---|")
     for single, half in zip(curves["float32"], curves["bfloat16"], strict=True):

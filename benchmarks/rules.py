@@ -19,7 +19,17 @@ from pathlib import Path
 import numpy as np
 from matplotlib import figure as figures
 
-from cfg_jax import experiment, features, generator, reference, request, sample, scores, sweep
+from cfg_jax import (
+    experiment,
+    features,
+    generator,
+    reference,
+    request,
+    sample,
+    scores,
+    stored,
+    sweep,
+)
 from cfg_jax.data import images
 from cfg_jax.diffusion import corrections, directions, guidance, samplers, strengths
 from cfg_jax.metrics import frechet, inception_score
@@ -56,7 +66,7 @@ VARIANTS = {
 
 def generators(options: argparse.Namespace) -> dict[str, generator.Generator]:
     """The generator of every variant that can be run; says which cannot."""
-    config = generator.saved_config(options.workdir)
+    config = stored.saved_config(options.workdir)
     config["sample"] |= {"steps": options.steps, "grid": options.grid}
     config["sample"] |= {"sampler": {"name": options.sampler}, "guidance": {}}
     asked = {"data_dir": options.data_dir, "split": options.split}
@@ -64,7 +74,7 @@ def generators(options: argparse.Namespace) -> dict[str, generator.Generator]:
     meshes.split_cpu(config["sample"]["batch_size"])
     model = experiment.build(config)
     plain, _ = generator.load(options.workdir, model)
-    weak = generator.open_guide("--weak", options.weak)
+    weak = stored.open_guide("--weak", options.weak)
     taking = [name for name, entry in samplers.SAMPLERS.items() if not entry.needs_pair]
     out = {}
     for name, variant in VARIANTS.items():

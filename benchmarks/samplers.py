@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib import figure
 
-from cfg_jax import experiment, features, generator, panel, reference, sweep
+from cfg_jax import experiment, features, generator, panel, reference, stored, sweep
 from cfg_jax.runtime import logging as runlog
 from cfg_jax.runtime import mesh as meshes
 
@@ -55,14 +55,14 @@ def main() -> None:
     options = parser.parse_args()
     budgets, grids = [int(e) for e in options.evaluations.split(",")], options.grids.split(",")
 
-    config = generator.saved_config(options.workdir)
+    config = stored.saved_config(options.workdir)
     meshes.split_cpu(config["sample"]["batch_size"])
     meshes.keep_compiled(options.workdir)
     model, mesh = experiment.build(config), meshes.make_mesh()
     look = features.FEATURES["judge"](mesh, options.judge)
     judges = panel.Panel([look], [reference.of_dataset(look, model.dataset)])
     held_out = judges.held_out(model.dataset)
-    _, params = generator.load_ema(options.workdir, model)
+    _, params = stored.load_ema(options.workdir, model)
     labels = sweep.balanced_labels(options.images, model.dataset.num_classes)
     each = 1 if options.w == 0 else 2  # passes of the network for one of the denoiser
 

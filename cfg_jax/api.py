@@ -16,9 +16,8 @@ import jax
 import numpy as np
 from etils import epath
 
-from cfg_jax import card, experiment, request
+from cfg_jax import card, experiment, request, stored
 from cfg_jax import generator as generators
-from cfg_jax.models import weights
 from cfg_jax.runtime import mesh as meshes
 from cfg_jax.types import Guidance, Params, UsageError
 
@@ -128,7 +127,7 @@ class Model:
         card is begun beside it, NAME.md, unless there is one: what is left to say is yours.
         """
         params, model = jax.device_get(self._params["model"]), self._model({})
-        config = export(path, params, self.config, self.step, dtype=dtype)
+        config = stored.export(path, params, self.config, self.step, dtype=dtype)
         beside = epath.Path(path).with_suffix(".md")
         if not beside.exists():
             known = {"step": self.step, "classes": self.classes}
@@ -193,22 +192,6 @@ def _merged(own: Mapping[str, Any], given: Entry | None) -> Mapping[str, Any]:
     return {**own, **given} if given.get("name", own["name"]) == own["name"] else given
 
 
-def export(
-    path: str,
-    params: Params,
-    config: Mapping[str, Any],
-    step: int,
-    *,
-    dtype: str = "float32",
-) -> dict[str, Any]:
-    """Writes parameters, whole on this host, and their config as .safetensors: the config there."""
-    # Where the data lay on the machine that trained is of no use elsewhere.
-    config = {**config, "dataset": {**config["dataset"], "data_dir": None}}
-    metadata = {"config": json.dumps(config), "step": str(step)}
-    weights.save_safetensors(path, params, metadata, dtype=dtype)
-    return config
-
-
 def load(
     path: str | os.PathLike,
     classifier: str | os.PathLike | None = None,
@@ -226,7 +209,7 @@ def load(
     if classifier and weak:
         raise UsageError("classifier and weak: one of them guides, not both.")
     path = _find(path)
-    config = generators.saved_config(path, "path")
+    config = stored.saved_config(path, "path")
     meshes.split_cpu(config["sample"]["batch_size"])
     model, guide = experiment.build(config), None
     if model.is_classifier:
@@ -234,13 +217,13 @@ def load(
             f"{path} holds a classifier: it guides, cfg_jax.load(MODEL, classifier={path!r}), and "
             "does not sample."
         )
-    step, params = generators.load_ema(path, model)
+    step, params = stored.load_ema(path, model)
     networks = {"model": params}
     for flag, given in (("classifier", classifier), ("weak", weak)):
         if given is not None:
             where = _find(given)
-            guide = generators.open_guide(flag, where)
-            networks[flag] = generators.load_ema(where, guide)[1]
+            guide = stored.open_guide(flag, where)
+            networks[flag] = stored.load_ema(where, guide)[1]
     return Model(config, networks, step, guide)
 
 

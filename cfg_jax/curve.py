@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from etils import epy
 
-from cfg_jax import paper
+from cfg_jax import paper, scores
 
 with epy.lazy_imports():
     from matplotlib import figure as figures
@@ -15,18 +15,6 @@ with epy.lazy_imports():
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")  # Okabe & Ito
 MARKERS = "osD^vP"
-TITLES = {
-    "fid": "FID",
-    "sfid": "sFID",
-    "fd": "Fréchet distance",
-    "is": "inception score",
-    "kid": "KID",
-    "precision": "precision",
-    "recall": "recall",
-    "nn": "nearest reference image",
-    "accuracy": "accuracy",
-}
-
 
 Sweep = Mapping[str, Any]  # {"recipe": {...}, "points": [...]}, as evaluate.py makes it
 Point = Mapping[str, Any]
@@ -42,22 +30,21 @@ def by_rule(points: Sequence[Point]) -> dict[str, list[Point]]:
 
 def title(name: str) -> str:
     """A score's name in words: "fd_judge" is the Frechet distance of the judge's features."""
-    plain, _, features = name.partition("_")
-    words = TITLES.get(plain, plain)
+    words, features = scores.kind(name).title, name.partition("_")[2]
     return f"{words} ({features})" if features else words
 
 
-def axes_of_figure(scores: Sequence[str]) -> tuple[str, str]:
+def axes_of_figure(names: Sequence[str]) -> tuple[str, str]:
     """Which scores the large curve is of: (Frechet distance, inception score)."""
-    if "fid" in scores:
+    if "fid" in names:
         return "fid", "is"
-    return scores[0], next(name for name in scores if name.startswith("is_"))
+    return names[0], next(name for name in names if name.startswith("is_"))
 
 
 def of_paper(sweep: Sweep) -> dict[str, list[paper.Row]]:
     """The paper's curves, where the sweep's scores are of the same features and the same data."""
-    scores = sweep["points"][0]["scores"]
-    return paper.curves(sweep["recipe"]["config"]) if "fid" in scores else {}
+    names = sweep["points"][0]["scores"]
+    return paper.curves(sweep["recipe"]["config"]) if "fid" in names else {}
 
 
 def draw(sweep: Sweep) -> bytes:

@@ -34,6 +34,7 @@ from cfg_jax import (
     sample,
     schema,
     scores,
+    stored,
     sweep,
 )
 from cfg_jax.data import images
@@ -161,8 +162,8 @@ def sweep_over_w(names: list[str], config: dict[str, Any]) -> None:
     w = list(dict.fromkeys(sample.parse_numbers("w", FLAGS.w, float)))
     of_rules = rules(config, FLAGS.classifier, FLAGS.guidance)
     mesh = meshes.make_mesh()
-    classifier = generator.open_guide("--classifier", FLAGS.classifier)
-    weak = generator.open_guide("--weak", FLAGS.weak)
+    classifier = stored.open_guide("--classifier", FLAGS.classifier)
+    weak = stored.open_guide("--weak", FLAGS.weak)
     models = {name: with_rule(config, name) for name in of_rules}
     guides = {
         n: classifier if m.guidance().second == "classifier" else weak for n, m in models.items()
@@ -187,7 +188,7 @@ def sweep_over_w(names: list[str], config: dict[str, Any]) -> None:
         judges = panel.Panel.against_dataset(looks, dataset, out / "real")
         held_out = judges.held_out(dataset)
     # What training saw, whatever the images are compared with now.
-    learned = experiment.build(generator.saved_config(FLAGS.workdir)).dataset
+    learned = experiment.build(stored.saved_config(FLAGS.workdir)).dataset
     labels = sweep.LABELS[FLAGS.labels](FLAGS.num_samples, learned)
     label_rule = FLAGS.labels
     if label_rule == "training":
@@ -251,10 +252,10 @@ def load_networks(
     model: experiment.Experiment, *guides: experiment.Experiment | None
 ) -> dict[str, tuple[int, Params]]:
     """{"model": (step, EMA), "classifier": ..., "weak": ...} of the folders that the flags name."""
-    networks = {"model": generator.load_ema(FLAGS.workdir, model)}
+    networks = {"model": stored.load_ema(FLAGS.workdir, model)}
     for guide in filter(None, guides):
         role = request.role(guide)
-        networks[role] = generator.load_ema(FLAGS[role].value, guide)
+        networks[role] = stored.load_ema(FLAGS[role].value, guide)
     return networks
 
 
@@ -290,7 +291,7 @@ def _config(typed: dict[str, str]) -> dict[str, Any] | None:
         return None
     if "make_reference" in typed and "config" in typed:
         return experiment.load_config(typed["config"])
-    return generator.saved_config(typed.get("workdir", ""))
+    return stored.saved_config(typed.get("workdir", ""))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from cfg_jax import experiment, generator
+from cfg_jax import experiment, stored
 from cfg_jax.data import images
 from cfg_jax.models import efficientnet_lite0, inception, published
 from cfg_jax.runtime import mesh as meshes
@@ -120,7 +120,7 @@ def judge(mesh: Mesh, path: str | None, *, flag: str = "--judge") -> Extractor:
             f"the judge needs {flag}=DIR, a classifier of clean images that never guides: "
             "python -m cfg_jax.train --config=digits_judge --workdir=DIR makes one of digits."
         )
-    config = generator.saved_config(path, flag)
+    config = stored.saved_config(path, flag)
     classifier = experiment.build(config)
     if not classifier.is_classifier or config["loss"]["noisy"]:
         raise UsageError(
@@ -129,7 +129,7 @@ def judge(mesh: Mesh, path: str | None, *, flag: str = "--judge") -> Extractor:
         )
     shapes = jax.eval_shape(classifier.network.init, jax.random.key(0))
     everywhere = jax.tree.map(lambda _: meshes.replicated(mesh), shapes)
-    step, params = generator.load_ema(path, classifier, everywhere)
+    step, params = stored.load_ema(path, classifier, everywhere)
 
     def look(params: Params, batch: Array) -> dict[str, Array]:
         z = images.to_float(batch)

@@ -7,7 +7,6 @@ jobs and the Python API are doors to it.
 import copy
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,12 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from cfg_jax import experiment, request
+from cfg_jax import experiment, request, stored
 from cfg_jax.data import images
 from cfg_jax.diffusion import denoiser as denoisers
 from cfg_jax.diffusion import losses, samplers
-from cfg_jax.models import weights
-from cfg_jax.runtime import checkpoint
 from cfg_jax.runtime import mesh as meshes
 from cfg_jax.types import Array, Guidance, Params, UsageError
 
@@ -232,73 +229,6 @@ class Generator:
         return sum(run._cache_size() for run in self._programs.values())
 
 
-def is_export(path: str) -> bool:
-    """Whether the path names a .safetensors file that `api.Model.save` wrote."""
-    return str(path).endswith(".safetensors")
-
-
-def saved_config(path: str, flag: str = "--workdir") -> dict[str, Any]:
-    """The complete config of a run or an exported file. Raises UsageError if there is none.
-
-    `flag` is what the user gave the path by.
-    """
-    if path and is_export(path):
-        _, metadata = weights.load_safetensors(path)
-        if "config" not in metadata:
-            raise UsageError(f"{path} holds no config: it was not written by this package.")
-        config = json.loads(metadata["config"])
-    else:
-        config = checkpoint.read_config(path) if path else None
-    if config is None:
-        raise UsageError(
-            f"{flag}={path} holds no trained model: "
-            "python -m cfg_jax.train --config=digits --workdir=DIR makes one."
-        )
-    return experiment.SCHEMA.complete(config)
-
-
-def load_ema(path: str, model: experiment.Experiment, shardings: Any = None) -> tuple[int, Params]:
-    """(step, EMA parameters) of a run's newest checkpoint or an exported file.
-
-    They lie as `shardings` says, on every device whole by default. Raises UsageError where there
-    are none, or where they are another network's.
-    """
-    shapes = jax.eval_shape(model.network.init, jax.random.key(0))
-    if shardings is None:
-        everywhere = meshes.replicated(meshes.make_mesh())
-        shardings = jax.tree.map(lambda _: everywhere, shapes)
-    if is_export(path):
-        params, metadata = weights.load_safetensors(path)
-        weights.check_shapes(path, params, shapes)
-        return int(metadata["step"]), jax.device_put(params, shardings)
-    checkpoints = checkpoint.Checkpoints(path, read_only=True)
-    found = checkpoints.restore(ema=meshes.placed(shapes, shardings))
-    checkpoints.close()
-    if found is None:
-        raise UsageError(f"{path} has no checkpoint yet: train there first.")
-    step, items = found
-    return step, items["ema"]
-
-
-def open_guide(flag: str, path: str | None) -> experiment.Experiment | None:
-    """What --classifier or --weak names, None for no path. Raises UsageError where that holds no
-    model, or the other kind.
-    """
-    if not path:
-        return None
-    guide = experiment.build(saved_config(path, flag))
-    if flag.endswith("classifier") and not guide.is_classifier:
-        raise UsageError(
-            f"{flag}={path} holds no classifier: train one with loss.name=classification."
-        )
-    if flag.endswith("weak") and guide.is_classifier:
-        raise UsageError(
-            f"{flag}={path} holds a classifier: a weaker model of the same images is needed, with "
-            "fewer channels or steps; a classifier guides by --classifier."
-        )
-    return guide
-
-
 def load(
     path: str,
     model: experiment.Experiment,
@@ -307,13 +237,13 @@ def load(
 ) -> tuple[Generator, int]:
     """A generator from the EMA of a run or an exported file, and the step it was saved at.
 
-    The experiments are what `experiment.build` makes of the `saved_config`s; the guide is a
+    The experiments are what `experiment.build` makes of their saved configs; the guide is a
     classifier or a weaker model, with its own EMA. Raises UsageError where there is no model, or
     the two do not go together.
     """
     request.check_guidance(model, guide, [])
-    step, ema = load_ema(path, model)
+    step, ema = stored.load_ema(path, model)
     params = {"model": ema}
     if guide is not None:
-        params[request.role(guide)] = load_ema(guide_path, guide)[1]
+        params[request.role(guide)] = stored.load_ema(guide_path, guide)[1]
     return Generator(model, params, guide), step

@@ -18,7 +18,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from cfg_jax import chips, experiment, generator, hlo, traffic, train
+from cfg_jax import chips, executed, experiment, generator, hlo, traffic, train
 from cfg_jax.runtime import mesh as meshes
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -131,14 +131,14 @@ class Compiler:
             section = {**model.config["model"], "remat": "none"}
             plain = lower(experiment.build({**model.config, "model": section}))
         devices = len(self.target.devices)
-        model_flops = hlo.flops(hlo.parse(plain.as_text("hlo"))) / devices
+        model_flops = executed.flops(hlo.parse(plain.as_text("hlo"))) / devices
         made = self._compiled(lowered)
         memory = Memory(**made["memory"], capacity=self.target.capacity)
         common = {k: made[k] for k in ("wall_seconds", "cpu_seconds")} | {"memory": memory}
         if made["text"] is None:
             return Report(model_flops=model_flops, **common)
         module = hlo.parse(made["text"])
-        flops, crossed = hlo.flops(module), traffic.collectives(module)
+        flops, crossed = executed.flops(module), traffic.collectives(module)
         moved = traffic.memory(module)
         bound = None
         if self.target.chip:

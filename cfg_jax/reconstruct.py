@@ -12,7 +12,7 @@ import numpy as np
 from absl import flags
 from etils import epath
 
-from cfg_jax import api, command, experiment, generator, power_ema, sample
+from cfg_jax import command, experiment, power_ema, sample, stored
 from cfg_jax.models import weights
 from cfg_jax.runtime import logging as runlog
 from cfg_jax.runtime import mesh as meshes
@@ -28,7 +28,7 @@ def keep(
         if jax.process_index() == 0:
             path = _folder(workdir) / f"{step:08d}_{sigma!r}.safetensors"
             path.parent.mkdir(parents=True, exist_ok=True)
-            api.export(str(path), whole, model.config, step)
+            stored.export(str(path), whole, model.config, step)
 
 
 def forget(workdir: str) -> None:
@@ -94,7 +94,7 @@ def _define_flags() -> None:
 def main() -> None:
     """Makes and writes the averages, and says how near they come."""
     lengths = sample.parse_numbers("length", FLAGS.length, float)
-    config = generator.saved_config(FLAGS.workdir)
+    config = stored.saved_config(FLAGS.workdir)
     for sigma in lengths:
         power_ema.check_length("--length", sigma)
     for sigma in lengths:
@@ -102,7 +102,7 @@ def main() -> None:
         out = epath.Path(FLAGS.out) if FLAGS.out else _folder(FLAGS.workdir)
         sample.make_folder(out)
         path = out / f"length_{sigma!r}_step_{step:08d}.safetensors"
-        api.export(str(path), params, config, step)
+        stored.export(str(path), params, config, step)
         print(f"{path}: length {sigma:g} at step {step}, its profile to within {error:.1e}")
     runlog.say(f"each is a model: python -m cfg_jax.sample --workdir={path}")
 

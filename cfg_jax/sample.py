@@ -15,7 +15,7 @@ import numpy as np
 from absl import flags
 from etils import epath
 
-from cfg_jax import command, experiment, generator, request
+from cfg_jax import command, experiment, generator, request, stored
 from cfg_jax.data import images
 from cfg_jax.runtime import logging as runlog
 from cfg_jax.runtime import mesh as meshes
@@ -87,7 +87,7 @@ def main(config: dict[str, Any]) -> None:
     model = experiment.build(config)
     if FLAGS.classifier and FLAGS.weak:
         raise UsageError("--classifier and --weak: one of them guides, not both.")
-    guide = generator.open_guide("--classifier", FLAGS.classifier) or generator.open_guide(
+    guide = stored.open_guide("--classifier", FLAGS.classifier) or stored.open_guide(
         "--weak", FLAGS.weak
     )
     if FLAGS.labels is None:
@@ -139,4 +139,4 @@ def make_folder(path: epath.Path) -> None:
 
 if __name__ == "__main__":
     _define_flags()
-    command.run(main, config=lambda typed: generator.saved_config(typed.get("workdir", "")))
+    command.run(main, config=lambda typed: stored.saved_config(typed.get("workdir", "")))

@@ -14,13 +14,40 @@ from cfg_jax.metrics import (
     precision_recall,
 )
 
-NAMES = ("fd", "sfd", "is", "precision", "recall", "kid", "nn", "accuracy")
 K = 3  # neighbours of precision and recall
 REPLICATES = 1000
 WIDE_REPLICATES = 200  # of what costs a product of all features, or of many logits
 LEAST_STRATUM = 10  # images: resampling within n of them understates a variance by 1 / n
 LEAST_KID = 4  # images: half of them are a subset
 WIDEST = 512  # features: above it the bootstrap of the Frechet distance takes hours
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What a score is called in words, and whether more of it is better."""
+
+    title: str
+    rising: bool = False
+
+
+# By what `score` calls them.
+KINDS = {
+    "fd": Kind("Fréchet distance"),
+    "sfd": Kind("Fréchet distance of places"),
+    "is": Kind("inception score", rising=True),
+    "precision": Kind("precision", rising=True),
+    "recall": Kind("recall", rising=True),
+    "kid": Kind("KID"),
+    "nn": Kind("nearest reference image"),
+    "accuracy": Kind("accuracy", rising=True),
+}
+# What two of them are called of the features of one network only.
+OF_INCEPTION = {"fid": Kind("FID"), "sfid": Kind("sFID")}
+
+
+def kind(name: str) -> Kind:
+    """That of a score by its name in a panel: "fd_judge" is of the judge's features, and a "fd"."""
+    return (KINDS | OF_INCEPTION)[name.partition("_")[0]]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,14 +2,14 @@
 whether it begins well.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from etils import epath
 
-from cfg_jax import api, experiment, generator, probes, request
+from cfg_jax import experiment, probes, request, stored
 from cfg_jax.models import weights
 from cfg_jax.runtime import checkpoint
 from cfg_jax.runtime import logging as runlog
@@ -43,16 +43,10 @@ def check_same_run(workdir: str, config: Mapping[str, Any]) -> None:
         raise UsageError(f"--workdir={workdir} is a file: name a folder, new or of this run.")
     if not checkpoint.has_checkpoint(workdir):
         return  # whatever was tried there has left nothing to protect
-    there = _flat(experiment.SCHEMA.complete(checkpoint.read_config(workdir) or {}))
-    here = _flat(config)
-    other = [
-        f"{path}={here.get(path)!r} (there {there.get(path)!r})"
-        for path in sorted(there.keys() | here.keys())
-        if there.get(path) != here.get(path) and not path.startswith(MAY_CHANGE)
-    ]
-    if other:
+    there = experiment.SCHEMA.complete(checkpoint.read_config(workdir) or {})
+    if other := _differing(there, config, lambda path: path.startswith(MAY_CHANGE)):
         raise UsageError(
-            f"--workdir={workdir} holds a run of another config: {', '.join(other)}. Take another "
+            f"--workdir={workdir} holds a run of another config: {other}. Take another "
             "--workdir, or the same config to go on."
         )
 
@@ -65,12 +59,24 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
+def _differing(
+    there: Mapping[str, Any], here: Mapping[str, Any], may: Callable[[str], bool]
+) -> str:
+    """The fields in which two configs differ, but for those that may; "" where there are none."""
+    there, here = _flat(there), _flat(here)
+    return ", ".join(
+        f"{path}={here.get(path)!r} (there {there.get(path)!r})"
+        for path in sorted(there.keys() | here.keys())
+        if there.get(path) != here.get(path) and not may(path)
+    )
+
+
 def load_start(init_from: str, model: experiment.Experiment, shardings: Any) -> Params:
     """Another run's EMA to start from. Raises UsageError unless it is of the same network."""
-    other = experiment.build(generator.saved_config(init_from, "--init_from"))
+    other = experiment.build(stored.saved_config(init_from, "--init_from"))
     ours, theirs = (jax.eval_shape(m.network.init, jax.random.key(0)) for m in (model, other))
     weights.check_shapes(f"--init_from={init_from}", theirs, ours)
-    step, ema = generator.load_ema(init_from, model, shardings)
+    step, ema = stored.load_ema(init_from, model, shardings)
     runlog.say(f"starting from the EMA of {init_from} at step {step}")
     return ema
 
@@ -94,7 +100,7 @@ def load_teacher(
     shardings = jax.tree.map(lambda leaf: leaf.sharding, wanted)
     kept = epath.Path(workdir) / "teacher.safetensors"
     if checkpoint.has_checkpoint(workdir) and kept.exists():
-        _, ema = generator.load_ema(str(kept), model.teacher, shardings)
+        _, ema = stored.load_ema(str(kept), model.teacher, shardings)
         runlog.say(f"learning from {kept}, kept since this run began")
         return ema
     if given is None:
@@ -102,14 +108,14 @@ def load_teacher(
             "loss.name='distillation' learns from a trained model: --teacher=DIR names its folder "
             "or exported file. Once the run has begun it is not asked for again."
         )
-    theirs = experiment.build(generator.saved_config(given, "--teacher"))
+    theirs = experiment.build(stored.saved_config(given, "--teacher"))
     _check_teacher(given, theirs, model.teacher)
-    step, ema = generator.load_ema(given, model.teacher, shardings)
+    step, ema = stored.load_ema(given, model.teacher, shardings)
     runlog.say(f"learning from the EMA of {given} at step {step}")
     whole = meshes.gather(ema)
     if jax.process_index() == 0:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        api.export(str(kept), whole, theirs.config, step)
+        stored.export(str(kept), whole, theirs.config, step)
     meshes.barrier("teacher")
     return ema
 
@@ -122,16 +128,9 @@ def _check_teacher(
             f"--teacher={given} cannot be guided: it has no null label that was trained."
         )
     request.check_same_images(f"--teacher={given}", theirs, wanted)
-    there, here = (_flat({k: m.config[k] for k in ("model", "reading")}) for m in (theirs, wanted))
-    other = [
-        f"{path}={here.get(path)!r} (there {there.get(path)!r})"
-        for path in sorted(there.keys() | here.keys())
-        if there.get(path) != here.get(path) and path.split(".")[-1] not in MAY_DIFFER
-    ]
-    if other:
-        raise UsageError(
-            f"--teacher={given} is another network than this student's: {', '.join(other)}."
-        )
+    there, here = ({k: m.config[k] for k in ("model", "reading")} for m in (theirs, wanted))
+    if other := _differing(there, here, lambda path: path.split(".")[-1] in MAY_DIFFER):
+        raise UsageError(f"--teacher={given} is another network than this student's: {other}.")
 
 
 class StartProbes:

@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Iterator
 
-from cfg_jax import hlo
+from cfg_jax import executed, hlo
 
 COLLECTIVES = (
     "all-reduce",
@@ -54,7 +54,7 @@ def collectives(module: hlo.Module) -> list[Collective]:
     """What crosses between devices, the most bytes first; those in loops as often as they run."""
     found: dict = {}
     begun = set()
-    for visit in hlo.walk(module):
+    for visit in executed.walk(module):
         instruction = visit.instruction
         kind = instruction.opcode.removesuffix("-start")
         if kind not in COLLECTIVES:
@@ -118,7 +118,7 @@ def memory(module: hlo.Module, worst: int = 5) -> Traffic:
     """
     total = padded = 0
     filling: dict = {}
-    for visit in hlo.walk(module):
+    for visit in executed.walk(module):
         if visit.fused or visit.instruction.opcode in _MOVE_NOTHING:
             continue
         if visit.instruction.opcode.endswith(("-done", "-update")):
@@ -136,7 +136,7 @@ def memory(module: hlo.Module, worst: int = 5) -> Traffic:
     return Traffic(total, padded, tuple((key, *value) for key, value in most))
 
 
-def _moved(module: hlo.Module, visit: hlo.Visit) -> Iterator[hlo.Array]:
+def _moved(module: hlo.Module, visit: executed.Visit) -> Iterator[hlo.Array]:
     instruction, computation = visit.instruction, visit.computation
     results = instruction.result
     if instruction.opcode in ("dynamic-slice", "slice", "gather", "slice-start"):

@@ -31,8 +31,6 @@ from cfg_jax.runtime import mesh as meshes
 from cfg_jax.types import Params, UsageError
 
 BEST = "best.safetensors"
-# Scores of which more is better; of all others, less is.
-RISING = ("is", "precision", "recall", "accuracy")
 
 
 class Watch:
@@ -98,7 +96,7 @@ class Watch:
             for name, score in self._panel.score(seen, self._labels, resample=False).items():
                 by_name.setdefault(name, {})[w] = score.value
         if name := self._plan.keep_best:
-            choose = max if name.partition("_")[0] in RISING else min
+            choose = max if scores.kind(name).rising else min
             w = choose(by_name[name], key=by_name[name].get)
             best = {"of": self._of, "value": by_name[name][w], "w": w, "step": step}
             if self._is_better(best, choose):
@@ -135,7 +133,7 @@ class Watch:
 
 def names_of(look: features.Extractor) -> set[str]:
     """The names of the scores that these features have."""
-    names = set(scores.NAMES)
+    names = set(scores.KINDS)
     if "sfd" not in look.names:
         names.remove("sfd")
     if look.judge is None:

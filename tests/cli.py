@@ -140,11 +140,11 @@ def _run_job(request: dict) -> None:
 
 
 def _parse_only(configs: Mapping[str, str]) -> None:
-    from cfg_jax import command, experiment, generator
+    from cfg_jax import command, experiment, stored
 
     run = command.run
     command.run = lambda main, config=None: run(lambda *config: None, config)
-    generator.saved_config = lambda path, flag="": experiment.SCHEMA.complete(
+    stored.saved_config = lambda path, flag="": experiment.SCHEMA.complete(
         experiment.load_config(configs[path])
     )
 

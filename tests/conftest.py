@@ -23,6 +23,21 @@ from cfg_jax import experiment
 from cfg_jax.models import weights
 
 
+@pytest.fixture
+def optimised():
+    """As users compile, where it is the compiler's work that is looked at."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture
+def float64():
+    """Where rounding would hide what is looked for."""
+    with jax.enable_x64(True):
+        yield
+
+
 @pytest.fixture(scope="session")
 def cli():
     """cli("train", "--config=digits", ...) -> Result: the jobs as a user runs them."""

@@ -9,7 +9,6 @@ what was seen; what must hold is asserted here, so that neither can look away.
 import argparse
 import contextlib
 import dataclasses
-import functools
 import json
 import os
 import random
@@ -25,7 +24,7 @@ import jax
 import numpy as np
 from cli import TINY, Cli, Running
 
-from cfg_jax import experiment, generator, train, train_step
+from cfg_jax import experiment, stored, train
 from cfg_jax.runtime import checkpoint
 from cfg_jax.runtime import mesh as meshes
 
@@ -47,14 +46,8 @@ class Seen:
 
 def final_state(workdir) -> dict[str, np.ndarray]:
     """{path: array} of the newest checkpoint: step, parameters, optimizer and EMA."""
-    model = experiment.build(generator.saved_config(str(workdir)))
-    init = functools.partial(
-        train_step.init_state,
-        network=model.network,
-        optimizer=model.optimizer,
-        profiles=len(model.ema.lengths),
-    )
-    shapes = jax.eval_shape(init, jax.random.key(0))
+    model = experiment.build(stored.saved_config(str(workdir)))
+    shapes = train.make_step(model, meshes.make_mesh()).shapes
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     wanted = meshes.placed(shapes, jax.tree.map(lambda _: here, shapes))
     checkpoints = checkpoint.Checkpoints(str(workdir), read_only=True)

@@ -32,11 +32,10 @@ def sigma(lam):
     return np.sqrt(1 / (1 + np.exp(np.asarray(lam, np.float64))))
 
 
-# The targets of DESIGN's "Tests that mean something", 1 (b): two Gaussians of unequal spreads, as
-# (mean, std) ...
+# The targets: two Gaussians of unequal spreads, as (mean, std), so that guidance depends on z ...
 CONDITIONAL, UNCONDITIONAL = (0.5, 0.35), (-0.2, 0.7)
-# ... and (c), a mixture, as in the paper's figure 2: a class is an isotropic Gaussian in the plane.
-# Here the classes overlap, and differ in weight and spread.
+# ... and a mixture, as in the paper's figure 2: a class is an isotropic Gaussian in the plane. Here
+# the classes overlap, and differ in weight and spread.
 MEANS = np.array([[0.7, 0.1], [-0.3, 0.5], [-0.2, -0.4]])
 STDS = np.array([0.35, 0.22, 0.45])
 WEIGHTS = np.array([0.5, 0.3, 0.2])

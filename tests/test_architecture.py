@@ -13,16 +13,16 @@ ROOMS = ("diffusion", "models", "data", "runtime", "metrics")
 FLOORS = (
     {"types"},
     {*ROOMS, "schema", "probes", "hlo", "chips", "power_ema"},
-    {"train_step", "traffic", "sections"},
-    {"experiment"},
-    {"request"},
+    {"train_step", "executed", "sections"},
+    {"experiment", "traffic"},
+    {"request", "stored"},
     {"generator", "command", "scores"},
     {"features", "paper"},
     {"reference"},
     {"panel"},
     {
         *("prepare", "convert", "start", "train", "reconstruct", "sample", "sweep", "evaluate"),
-        *("watch", "programs", "plan", "curve", "report", "figure2", "card", "api"),
+        *("watch", "programs", "plan", "plan_report", "curve", "report", "figure2", "card", "api"),
     },
 )
 # A library and the places that may know it.

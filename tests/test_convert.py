@@ -9,7 +9,7 @@ import pytest
 import recipe
 import torch_writer
 
-from cfg_jax import convert, experiment, generator
+from cfg_jax import convert, experiment, stored
 from cfg_jax.diffusion import denoiser, guidance
 from cfg_jax.models import weights
 
@@ -60,8 +60,8 @@ def converted(cli, tmp_path_factory):
 
 
 def opened(workdir):
-    model = experiment.build(generator.saved_config(str(workdir)))
-    return model, generator.load_ema(str(workdir), model)[1]
+    model = experiment.build(stored.saved_config(str(workdir)))
+    return model, stored.load_ema(str(workdir), model)[1]
 
 
 @pytest.mark.slow

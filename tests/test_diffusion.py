@@ -41,20 +41,6 @@ STEPS = PAIRS[PAIRS[:, 0] < PAIRS[:, 1]]
 TRAINED = [name for name in logsnr.READINGS if name != "eps_and_v"]
 
 
-@pytest.fixture
-def optimised():
-    """As users compile, where it is the compiler's work that is looked at."""
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
-
-
-@pytest.fixture
-def float64():
-    with jax.enable_x64(True):
-        yield
-
-
 def draws(*shape, seed=0, dtype=np.float32):
     return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
 
@@ -221,7 +207,7 @@ def test_the_cosine_schedule_holds_in_float32_near_both_ends():
 
 def test_the_cosine_schedule_draws_a_hyperbolic_secant():
     """p(lam) = sech(lam / 2) / (4 a): the schedule is the inverse of its distribution function, and
-    its quantiles are those of the paper's setting (PAPER.md, 1.4).
+    its quantiles are those of the paper's setting.
     """
     u = jnp.linspace(0, 1, 1001)
     lam = np.float64(schedules.Cosine()(u))
@@ -242,7 +228,7 @@ def test_the_uniform_schedule_is_uniform():
     "steps, first", [(256, [-10.17, -8.79, -7.98]), (128, [-8.78, -7.40]), (1024, [-12.90, -11.54])]
 )
 def test_the_papers_grid_has_its_known_levels_at_both_ends(steps, first):
-    """Uniform u with both ends, as in Algorithm 2; the levels are those of PAPER.md, 1.8."""
+    """Uniform u with both ends, as in Algorithm 2; the levels are known."""
     lams = np.asarray(schedules.uniform_u(schedules.Cosine(), steps))
     assert lams.shape == (steps,)
     assert (lams[0], lams[-1]) == (-20, 20)

@@ -10,7 +10,7 @@ import pytest
 from faults import assert_equal, final_state
 
 import cfg_jax
-from cfg_jax import api, experiment, generator, request, start, train
+from cfg_jax import experiment, generator, request, start, stored, train
 from cfg_jax.runtime import mesh as meshes
 from cfg_jax.types import Network, UsageError
 
@@ -134,7 +134,7 @@ def test_a_teacher_of_another_kind_is_refused(model, change, told, tmp_path):
     for section, fields in change.items():
         config[section] = {**config[section], **fields} if isinstance(fields, dict) else fields
     path = tmp_path / "other.safetensors"
-    api.export(str(path), {"p": np.zeros(1, np.float32)}, config, 1)
+    stored.export(str(path), {"p": np.zeros(1, np.float32)}, config, 1)
     with pytest.raises(UsageError, match=told):
         start.load_teacher(str(tmp_path / "run"), str(path), model, {})
     assert not (tmp_path / "run").exists()
@@ -173,7 +173,7 @@ def test_a_student_learns_and_is_a_model_like_others(cli, distilled, tmp_path):
     config["model"] |= SMALL
     judge = experiment.build(config)
     judging = jax.jit(judge.network.init)(jax.random.key(1))
-    api.export(str(tmp_path / "judge.safetensors"), judging, judge.config, 1)
+    stored.export(str(tmp_path / "judge.safetensors"), judging, judge.config, 1)
     files = [
         f"--{k}={tmp_path / v}.safetensors" for k, v in (("workdir", "student"), ("judge",) * 2)
     ]

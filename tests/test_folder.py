@@ -13,7 +13,7 @@ import PIL.Image
 import pytest
 
 from cfg_jax import experiment, prepare
-from cfg_jax.data import datasets, folder, shards
+from cfg_jax.data import assembly, datasets, folder
 from cfg_jax.types import UsageError
 
 RED, BLUE = (250, 20, 30), (20, 30, 250)
@@ -23,7 +23,7 @@ RED, BLUE = (250, 20, 30), (20, 30, 250)
 def in_threads(monkeypatch):
     """Threads in place of processes, which need seconds to start."""
     threads = concurrent.futures.ThreadPoolExecutor
-    monkeypatch.setattr(shards.futures, "ProcessPoolExecutor", lambda n, *_: threads(n))
+    monkeypatch.setattr(assembly.futures, "ProcessPoolExecutor", lambda n, *_: threads(n))
 
 
 def image(width=96, height=64, left=RED, right=BLUE):

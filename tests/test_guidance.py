@@ -9,7 +9,7 @@ import numpy as np
 import oracle
 import pytest
 
-from cfg_jax import experiment, hlo
+from cfg_jax import executed, experiment, hlo
 from cfg_jax.diffusion import (
     clocks,
     corrections,
@@ -27,19 +27,7 @@ from cfg_jax.types import Prediction, UsageError
 ALL = (-np.inf, np.inf)
 FREE = guidance.ClassifierFree
 
-
-@pytest.fixture(autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
-
-
-@pytest.fixture
-def optimised():
-    """As users compile, where it is the compiler's work that is looked at."""
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 D = 5
@@ -362,7 +350,7 @@ def test_the_compiled_program_holds_the_second_network_in_a_branch_alone(optimis
 
         def is_wide(i, c):
             sides = [*i.result, *(array for o in i.operands if o in c for array in c[o].result)]
-            return hlo.product_flops(i, c) > 0 and any(wide in side.dims for side in sides)
+            return executed.product_flops(i, c) > 0 and any(wide in side.dims for side in sides)
 
         holding = {
             name
@@ -391,7 +379,7 @@ def test_the_compiled_program_holds_the_second_network_in_a_branch_alone(optimis
 
 
 def test_intervals_in_sigma_are_those_of_the_paper():
-    """PAPER.md section 5, Kynkaanniemi et al. (2024), table 1."""
+    """Kynkaanniemi et al. (2024), table 1."""
     sigma = np.array([[0.28, 2.90], [0.19, 1.61], [0.34, 1.02], [0.60, 5.00]])
     lam = clocks.lam_of_sigma(sigma)[:, ::-1]
     told = [[-2.13, 2.55], [-0.95, 3.32], [-0.04, 2.16], [-3.22, 1.02]]

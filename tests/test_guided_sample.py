@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import cfg_jax
-from cfg_jax import experiment, generator, request
+from cfg_jax import experiment, generator, request, stored
 from cfg_jax.diffusion import corrections, directions, guidance, strengths
 from cfg_jax.models import weights
 from cfg_jax.types import UsageError
@@ -168,7 +168,7 @@ def test_the_command_guides_by_a_weaker_model_in_an_interval(cli, trained, weak,
     result = cli("sample", f"--workdir={trained}", *flags, *rule)
     assert result.status == 0, result.err[-3000:]
     data = np.load(tmp_path / "samples.npz")
-    lams = request.levels(experiment.build(generator.saved_config(str(trained))))
+    lams = request.levels(experiment.build(stored.saved_config(str(trained))))
     inside = int(np.sum((lams >= -3) & (lams < 2.55)))
     assert 0 < inside < 8
     assert data["evaluations"].tolist() == [[8, 0, 0], [8, 0, inside]]
@@ -252,7 +252,7 @@ def test_a_sweep_counts_what_it_spares(cli, trained, weak, tmp_path):
     result = cli("evaluate", *flags, "--config.sample.negative=(1,2)")
     assert result.status == 0, result.err[-3000:]
     found = json.loads((tmp_path / "sweep.json").read_text())
-    lams = request.levels(experiment.build(generator.saved_config(str(trained))))
+    lams = request.levels(experiment.build(stored.saved_config(str(trained))))
     inside = int(np.sum((lams >= -2.13) & (lams < 2.55)))
     counts = [(p["guidance"], p["evaluations"], p["weak_evaluations"]) for p in found["points"]]
     assert counts == [

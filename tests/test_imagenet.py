@@ -16,7 +16,7 @@ import PIL.Image
 import pytest
 
 from cfg_jax import prepare
-from cfg_jax.data import builders, datasets, imagenet, shards
+from cfg_jax.data import assembly, builders, datasets, imagenet, shards
 from cfg_jax.types import UsageError
 
 TRAIN, VALIDATION = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
@@ -112,7 +112,7 @@ def prepared(archives, tmp_path_factory):
 def in_threads(monkeypatch):
     """Threads in place of processes, which need seconds to start."""
     threads = concurrent.futures.ThreadPoolExecutor
-    monkeypatch.setattr(shards.futures, "ProcessPoolExecutor", lambda n, *_: threads(n))
+    monkeypatch.setattr(assembly.futures, "ProcessPoolExecutor", lambda n, *_: threads(n))
 
 
 def shard_bytes(data_dir):
@@ -252,7 +252,7 @@ def test_an_image_that_cannot_be_decoded(archives, tmp_path, in_threads):
 
 
 def test_one_run_at_a_time(archives, tmp_path):
-    with shards.held(tmp_path / "imagenet64" / "incomplete.1.0.0"):
+    with assembly.held(tmp_path / "imagenet64" / "incomplete.1.0.0"):
         with pytest.raises(UsageError, match="another process is at work"):
             make(tmp_path, archives[0])
 

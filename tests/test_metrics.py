@@ -26,7 +26,7 @@ FIXTURES = Path(__file__).parent / "fixtures" / "metrics"
 
 @pytest.fixture(scope="module")
 def golden():
-    """Features and logits, and what torch-fidelity says of them (shared/fixtures/README.md)."""
+    """Features and logits, and what torch-fidelity says of them."""
     arrays = dict(np.load(FIXTURES / "metrics.npz"))  # logits: float16 holds them exactly
     return arrays, json.loads((FIXTURES / "metrics.json").read_text())
 

@@ -17,12 +17,6 @@ from cfg_jax.diffusion import guidance, mixture, samplers, schedules
 from cfg_jax.types import Prediction
 
 
-@pytest.fixture
-def float64():
-    with jax.enable_x64(True):
-        yield
-
-
 def gaussian(mean, std, dimensions=1):
     """The exact denoiser of N(mean, std^2 I)."""
     means = jnp.full((1, dimensions), mean)

@@ -147,7 +147,7 @@ def test_labels_come_as_often_as_in_training():
 
 
 def test_the_papers_curves_are_those_of_the_data_set():
-    """PAPER: Table 1, w = 0.1 at p_uncond = 0.1, and Table 2, w = 4 at T = 256."""
+    """The paper: Table 1, w = 0.1 at p_uncond = 0.1, and Table 2, w = 4 at T = 256."""
     first = paper.curves({"dataset": {"name": "imagenet64"}})
     assert list(first) == ["p_uncond=0.1", "p_uncond=0.2", "p_uncond=0.5"]
     assert first["p_uncond=0.1"][1] == (0.1, 1.55, 66.11)

@@ -28,11 +28,7 @@ from cfg_jax.types import Path
 
 FREE = guidance.ClassifierFree
 
-
-@pytest.fixture(autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def gaussian(mean, std):

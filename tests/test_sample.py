@@ -8,7 +8,7 @@ import PIL.Image
 import pytest
 
 import cfg_jax
-from cfg_jax import experiment, generator
+from cfg_jax import experiment, generator, stored
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +170,7 @@ def test_classifier_guidance_moves_towards_its_class(cli, tiny, trained, tmp_pat
     assert result.status == 0, result.err[-3000:]
     lines = (tmp_path / "classifier" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["accuracy"] > 1.5 * json.loads(lines[0])["accuracy"]
-    config = generator.saved_config(str(trained))
+    config = stored.saved_config(str(trained))
     config["sample"]["guidance"] = {"name": "classifier"}
     config["sample"]["steps"] = 32
     classifier_path = str(tmp_path / "classifier")
@@ -178,7 +178,7 @@ def test_classifier_guidance_moves_towards_its_class(cli, tiny, trained, tmp_pat
         str(trained),
         experiment.build(config),
         classifier_path,
-        experiment.build(generator.saved_config(classifier_path)),
+        experiment.build(stored.saved_config(classifier_path)),
     )
     labels = np.arange(16) % 10
     judge = jax.jit(

@@ -37,7 +37,7 @@ def estimate(z, said):
 
 @functools.partial(jax.jit, static_argnames="kind")
 def ours(sampler, lams, draws, said, *, kind):
-    del kind  # see `test_samplers.by_kind`
+    del kind  # see `oracle.by_kind`
 
     def denoiser(z, lam):
         x = said[jnp.argmin(jnp.abs(lams - lam))] + 0.5 * jnp.sin(z)

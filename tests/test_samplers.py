@@ -40,12 +40,6 @@ ALL = {"ancestral": samplers.Ancestral(), **FLOWS, **{k: s for k, (s, _) in NOIS
 EACH = ("ddim, eta 0.6", "dpmpp_2m, eta 0.6", "unipc", "euler, churn 10", "heun, churn 10")
 
 
-@pytest.fixture
-def float64():
-    with jax.enable_x64(True):
-        yield
-
-
 def gaussian(mean, std):
     return mixture.Mixture(jnp.full((1, 1), mean), jnp.array([std]), jnp.zeros(1)).denoiser()
 

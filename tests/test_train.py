@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from faults import assert_equal, distance, final_state, run_together
 
-from cfg_jax import experiment, generator, hlo, reconstruct, traffic, train, train_step
+from cfg_jax import experiment, hlo, reconstruct, stored, traffic, train, train_step
 from cfg_jax.models import affine, weights
 from cfg_jax.runtime import checkpoint, profile, window
 from cfg_jax.runtime import mesh as meshes
@@ -98,7 +98,7 @@ def test_the_last_good_checkpoint_is_kept(trained, tmp_path, monkeypatch):
         return after, metrics | {"loss": metrics["loss"] / (state.step < 25)}
 
     monkeypatch.setattr(train_step, "train_step", bad_from_25)
-    config = generator.saved_config(str(workdir))
+    config = stored.saved_config(str(workdir))
     config["train"]["steps"] = 40
     with pytest.raises(window.Diverged, match="at step 25"):
         train.train(config, str(workdir))
@@ -210,7 +210,7 @@ def test_averages_are_kept_and_other_lengths_made_of_them(cli, tiny, tmp_path):
     name = max(apart, key=apart.get)
     for end in (short, long):
         assert np.linalg.norm(between[name] - end[name]) < apart[name]
-    assert generator.saved_config(paths[1]) == generator.saved_config(str(stopped))
+    assert stored.saved_config(paths[1]) == stored.saved_config(str(stopped))
     with pytest.raises(UsageError, match="5, 10, 15, 20, 25, 30"):
         reconstruct.make(stopped, 0.05, 12)
     reconstruct.forget(stopped)
@@ -239,7 +239,7 @@ def test_the_state_lies_over_fsdp_where_it_divides():
 
 
 def test_the_config_that_is_saved_is_the_config_that_is_read(trained):
-    config = generator.saved_config(str(trained))
+    config = stored.saved_config(str(trained))
     assert config == experiment.SCHEMA.complete(checkpoint.read_config(str(trained)))
     assert config["model"]["channel_mult"] == (1, 1)
     experiment.build(config)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import cfg_jax
-from cfg_jax import experiment, generator
+from cfg_jax import experiment, generator, stored
 from cfg_jax.data import images
 from cfg_jax.diffusion import logsnr, losses
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def made():
     """Images of eight T-shirts and eight trousers, [16, 32, 32, 1], and their labels."""
-    config = generator.saved_config(str(MODEL))
+    config = stored.saved_config(str(MODEL))
     model = experiment.build({**config, "sample": {**config["sample"], **FEW}})
     sampled, _ = generator.load(str(MODEL), model)
     labels = np.repeat([0, 1], 8)
@@ -47,9 +47,9 @@ def test_it_draws_what_is_asked_for(made):
 def test_bfloat16_is_within_two_percent_of_float32(made):
     """Over the levels of training, for images like those that it was trained on."""
     pictures, labels = made
-    config = generator.saved_config(str(MODEL))
+    config = stored.saved_config(str(MODEL))
     model = experiment.build(config)
-    _, params = generator.load_ema(str(MODEL), model)
+    _, params = stored.load_ema(str(MODEL), model)
     x = images.to_float(jnp.asarray(pictures))
     lam = losses.sample_lambda(jax.random.key(0), model.schedule, len(x), stratified=True)
     z = logsnr.diffuse(x, losses.sample_eps(jax.random.key(1), x), lam)

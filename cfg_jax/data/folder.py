@@ -15,7 +15,7 @@ import PIL.Image
 import PIL.ImageOps
 import tensorflow_datasets as tfds
 
-from cfg_jax.data import images, shards
+from cfg_jax.data import assembly, images, shards
 from cfg_jax.types import UsageError
 
 # By these a file is taken for a picture; Pillow then goes by its content. The formats named are all
@@ -197,7 +197,7 @@ def prepare(
     }
     parts = [part for split in plan.values() for part in split]
     if place.exists():
-        if shards.sources(place) != [part.source for part in parts]:
+        if assembly.sources(place) != [part.source for part in parts]:
             raise UsageError(
                 f"{place} holds other pictures, or another --size or --held_out: delete it, or "
                 "give another --name."
@@ -205,8 +205,8 @@ def prepare(
         return False
     _tell(say, "folders without a picture, which are no classes", found.empty)
     _tell(say, "files passed over, which are no pictures by their names", found.others)
-    with shards.held(folder):
-        records = shards.make_all(parts, workers or shards.cores(), progress=progress, say=say)
+    with assembly.held(folder):
+        records = assembly.make_all(parts, workers or assembly.cores(), progress=progress, say=say)
         bad = [entry for part in parts for entry in records[part.shard.name]["bad"]]
         _tell(say, "pictures that cannot be read", [f"{file} ({why})" for file, _, why in bad])
         _check_bad(root, found, bad, bad_files)
@@ -215,7 +215,7 @@ def prepare(
             if count:
                 say(f"{count:,} pictures became: {remark}")
         of_splits = {split: [records[p.shard.name] for p in plan[split]] for split in plan}
-        shards.finish(made, folder, of_splits)
+        assembly.finish(made, folder, of_splits)
     return True
 
 
@@ -250,10 +250,9 @@ def _parts(
     side: int,
 ) -> list[shards.Part]:
     count = -(-len(files) // _PICTURES_A_SHARD)
-    bounds = [len(files) * i // count for i in range(count + 1)]
     return [
-        shards.Part(root, tuple(files[start:end]), side, shard, decode=square, lenient=True)
-        for shard, start, end in zip(shards.paths(made, folder, split, count), bounds, bounds[1:])
+        shards.Part(root, share, side, shard, decode=square, lenient=True)
+        for shard, share in assembly.spread(made, folder, split, files, count)
     ]
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import tensorflow_datasets as tfds
 
-from cfg_jax.data import shards
+from cfg_jax.data import assembly, shards
 from cfg_jax.types import UsageError
 
 COUNTS = {"train": 1_281_167, "validation": 50_000}
@@ -116,18 +116,18 @@ def prepare(
     if check_archives:
         _check_hashes(archives, progress)
     folder = place.with_name(f"incomplete.{place.name}")
-    with shards.held(folder):
+    with assembly.held(folder):
         plan = {
             split: _plan(split, archive, builder, folder, partial)
             for split, archive in archives.items()
         }
         parts = [part for split in plan.values() for part in split]
-        records = shards.make_all(parts, workers or shards.cores(), progress=progress, say=say)
+        records = assembly.make_all(parts, workers or assembly.cores(), progress=progress, say=say)
         made = {split: [records[part.shard.name] for part in plan[split]] for split in plan}
         found = {split: sum(record["count"] for record in made[split]) for split in made}
         if found != COUNTS and not partial:
             raise UsageError(f"{manual} holds {_told(found)}, not {_told(COUNTS)}: {_OR_PARTIAL}")
-        shards.finish(builder, folder, made)
+        assembly.finish(builder, folder, made)
 
 
 def _find(manual: Path, partial: bool) -> dict[str, Path]:
@@ -185,11 +185,9 @@ def _plan(
         raise UsageError(f"{archive} holds {len(files):,} {kind}, not {wanted:,}: {_OR_PARTIAL}")
     files.sort()  # by name; of the classes that is the order of the labels, too
     count = len(files) if split == "train" else min(_VALIDATION_SHARDS, len(files))
-    paths = shards.paths(builder, folder, split, count)
-    bounds = [len(files) * i // count for i in range(count + 1)]
     return [
-        shards.Part(archive, tuple(files[start:end]), builder.side, path, decode=_square)
-        for path, start, end in zip(paths, bounds, bounds[1:])
+        shards.Part(archive, share, builder.side, shard, decode=_square)
+        for shard, share in assembly.spread(builder, folder, split, files, count)
     ]
 
 

@@ -28,6 +28,15 @@ def _steps(lams: Array) -> tuple[Array, Array]:
     return out, out / jnp.pad(h, (1, 0), constant_values=jnp.inf)
 
 
+def check_eta(eta: float | Array) -> None:
+    """Raises UsageError unless 0 <= eta <= 1: eta is the share of the reverse equation's noise."""
+    if isinstance(eta, int | float) and not 0 <= eta <= 1:
+        raise UsageError(
+            f"sampler.eta={eta}: the share of the reverse equation's noise lies in [0, 1]; 0 is "
+            "deterministic, 1 the SDE form, which for ddim is ancestral sampling with v = 0."
+        )
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DPMSolver2M:
@@ -46,11 +55,7 @@ class DPMSolver2M:
     eta: float | Array = 0.0
 
     def __post_init__(self):
-        if isinstance(self.eta, int | float) and not 0 <= self.eta <= 1:
-            raise UsageError(
-                f"sampler.eta={self.eta}: the share of noise lies in [0, 1]; 0 is deterministic, "
-                "1 the SDE form."
-            )
+        check_eta(self.eta)
 
     def levels(self, lams: Array) -> Array:
         return lams

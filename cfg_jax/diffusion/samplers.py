@@ -101,11 +101,7 @@ class DDIM:
     eta: float | Array = 0.0
 
     def __post_init__(self):
-        if isinstance(self.eta, int | float) and not 0 <= self.eta <= 1:
-            raise UsageError(
-                f"sampler.eta={self.eta}: the share of noise lies in [0, 1]; 0 is deterministic, "
-                "1 ancestral sampling with v = 0."
-            )
+        multistep.check_eta(self.eta)
 
     def levels(self, lams: Array) -> Array:
         return lams

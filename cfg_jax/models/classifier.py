@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from cfg_jax.models import layers, unet
+from cfg_jax.models import attention, layers, unet
 from cfg_jax.types import Array, Cond
 
 
@@ -27,8 +27,8 @@ class AttentionPool(nnx.Module):
     def __call__(self, x: Array) -> Array:
         tokens = x.reshape(len(x), -1, x.shape[-1])
         tokens = jnp.concatenate([tokens.mean(1, keepdims=True), tokens], axis=1)
-        q, k, v = layers.split_heads(self.qkv(tokens + self.position[...]), self.heads, "new")
-        return layers.attend(q[:, :1], k, v).reshape(len(x), -1)  # only token 0 is read
+        q, k, v = attention.split_heads(self.qkv(tokens + self.position[...]), self.heads, "new")
+        return attention.attend(q[:, :1], k, v).reshape(len(x), -1)  # only token 0 is read
 
 
 class Classifier(nnx.Module):
@@ -85,7 +85,7 @@ class Classifier(nnx.Module):
             dtype=compute,
         )
         side, c = self.encoder.sides[-1], self.encoder.widths[-1]
-        heads = layers.count_heads(c, num_heads, head_channels)
+        heads = attention.count_heads(c, num_heads, head_channels)
         self.norm_out = layers.GroupNorm(c)
         self.pool = AttentionPool(rngs, side, c, num_classes, heads=heads, dtype=compute)
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from cfg_jax.models import layers
+from cfg_jax.models import attention, layers
 from cfg_jax.types import Array, Cond, UsageError
 
 
@@ -80,8 +80,8 @@ def parts(
         scale_shift_norm=scale_shift_norm,
         dtype=dtype,
     )
-    attention = functools.partial(
-        layers.Attention,
+    attend = functools.partial(
+        attention.Attention,
         rngs,
         num_heads=num_heads,
         head_channels=head_channels,
@@ -90,8 +90,8 @@ def parts(
     )
     block = functools.partial(Block, remat=remat)
     if resblock_updown:
-        return Parts(block, res, attention, lambda c, resample: res(c, c, resample=resample))
-    return Parts(block, res, attention, functools.partial(layers.Resample, rngs, dtype=dtype))
+        return Parts(block, res, attend, lambda c, resample: res(c, c, resample=resample))
+    return Parts(block, res, attend, functools.partial(layers.Resample, rngs, dtype=dtype))
 
 
 def compute_dtype(name: str) -> jnp.dtype:
