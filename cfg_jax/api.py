@@ -1,7 +1,9 @@
 """The door for notebooks and scripts: a trained model as an object that samples.
 
-model = cfg_jax.load("digits")
-images = model.sample([0, 3, 7], w=1.0)
+    model = cfg_jax.load("digits")
+    images = model.sample([0, 3, 7], w=1.0)
+
+The jobs do the same from a command line.
 """
 
 import copy

@@ -3,6 +3,9 @@
 import re
 from pathlib import Path
 
+from docutils import nodes
+from docutils.utils.math import latex2mathml
+
 import cfg_jax
 
 project = "cfg_jax"
@@ -13,14 +16,17 @@ extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
-    "sphinx.ext.mathjax",
     "sphinx.ext.viewcode",
 ]
+html_math_renderer = "mathml"
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 exclude_patterns = ["_build"]
 templates_path = ["_templates"]
+smartquotes_action = "qe"  # two hyphens are a flag, no dash
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["page.css"]
 html_title = "cfg_jax"
 html_theme_options = {
     "source_repository": "https://github.com/OWNER/cfg_jax",
@@ -68,7 +74,14 @@ def leave_out_what_is_not_there(app, docname, source):
         source[0] = "\n".join(x for x in lines if x in pages or not re.fullmatch(r"\w+", x))
 
 
+def visit_math(self, node):
+    """Formulas are part of the page, which fetches nothing."""
+    self.body.append(latex2mathml.tex2mathml(node.astext()))
+    raise nodes.SkipNode
+
+
 def setup(app):
+    app.add_html_math_renderer("mathml", (visit_math, None))
     app.connect("source-read", leave_out_what_is_not_there)
     app.connect("autodoc-process-docstring", to_restructured_text)
     app.connect("autodoc-skip-member", skip)

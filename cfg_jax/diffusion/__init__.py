@@ -1,0 +1,1 @@
+"""The paper, and rules and samplers since: knows jax and the vocabulary, nothing else."""

@@ -1,0 +1,1 @@
+"""From features to numbers: Frechet distance, IS, KID, recall. Knows no network."""

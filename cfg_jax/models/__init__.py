@@ -1,0 +1,1 @@
+"""The networks, and weights that were published: the room that knows Flax modules."""

@@ -1,0 +1,1 @@
+"""Devices, checkpoints, logs, stopping: the room that knows meshes and Orbax."""
