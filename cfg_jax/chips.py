@@ -98,7 +98,7 @@ def target(topology: str) -> Slice:
     if importlib.util.find_spec("libtpu") is None:
         raise UsageError(
             f"--topology={topology}: the TPU compiler is not installed; "
-            'python -m pip install -e ".[plan]" brings it.'
+            "pip install 'cfg_jax[plan]' brings it."
         )
     os.environ |= {k: v for k, v in _WITHOUT_A_TPU.items() if k not in os.environ}
     # The arrays of this process, of which there are next to none, lie on the CPU.
