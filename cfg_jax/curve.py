@@ -81,6 +81,7 @@ def draw(sweep: Sweep) -> bytes:
     ws = sorted({p["w"] for p in sweep["points"]})
     for name in names:
         _against_w(axes[name], name, ws, sweep["recipe"])
+    axes["curve"].ticklabel_format(useOffset=False)
     for key in ("curve", fd):
         values = [p["scores"][fd]["value"] for p in sweep["points"]]
         if min(values) > 0 and max(values) > 20 * min(values):

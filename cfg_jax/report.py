@@ -94,6 +94,9 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.5rem; }
 p { max-width: 46rem; } .soft { color: var(--soft); }
 img { max-width: 100%; height: auto; background: #fff; border-radius: 4px; }
 .scroll { overflow-x: auto; }
+.curve { min-width: 52rem; } /* on a telephone these scroll, so that they can be read */
+.shown, .row { min-width: 40rem; }
+.row span { position: sticky; left: 0; background: Canvas; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .85rem; }
 th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid var(--line);
          white-space: nowrap; }
@@ -103,7 +106,8 @@ tr.first td { border-top: 2px solid var(--soft); }
 td small { color: var(--soft); display: block; }
 .row { display: flex; align-items: center; gap: .7rem; margin: 0 0 2px; }
 .row span { flex: 0 0 4rem; font-size: .8rem; text-align: right; }
-.row img, .shown { min-width: 0; width: 100%; image-rendering: pixelated; border-radius: 2px; }
+.row img { min-width: 0; }
+.row img, .shown { width: 100%; image-rendering: pixelated; border-radius: 2px; }
 .choose { display: flex; align-items: center; gap: .7rem; margin: .5rem 0; }
 .choose input { flex: 1; max-width: 30rem; accent-color: #0072b2; }
 .choose output { font-variant-numeric: tabular-nums; }
@@ -138,7 +142,8 @@ def page(sweep: Sweep, picture: bytes, grids: Mapping[str, list[np.ndarray]]) ->
         f" of other papers is 1 + w. Every point starts from the same noise (seed {recipe['seed']})"
         f" and takes the same {recipe['config']['sample']['steps']} noise levels. Scores use the"
         f" features of {html.escape(looks)}.</p>",
-        f"<img src='{_data_uri(picture)}' alt='Scores against w'>",
+        f"<div class='scroll'><img class='curve' src='{_data_uri(picture)}' alt='Scores against w'>"
+        "</div>",
         f"<p class='soft'>Bars are 95 % bootstrap intervals. {_grey_lines(held_out)} Dashed: the"
         f" distance of a reference image to the nearest of the others.{_dotted(sweep)}</p>",
         "<h2>Images from equal seeds</h2>",
@@ -150,9 +155,9 @@ def page(sweep: Sweep, picture: bytes, grids: Mapping[str, list[np.ndarray]]) ->
         f"<div class='scroll'>{_html_table(points, held_out and held_out['scores'])}</div>",
         "<p class='soft'>Evaluations are those of the network an image; behind a plus, those of a"
         " classifier with its gradient, or of a weaker model. Precision and recall use the"
-        f" {recipe['precision_recall']['k']} nearest neighbours. Images nearer to a reference image"
-        " than these are to one another"
-        f" ({recipe['reference'][0]['nn']:.3f}) would be copies of them.</p>",
+        f" {recipe['precision_recall']['k']} nearest neighbours. The nearest reference image is"
+        " told by its distance in the mean: from one another reference images are"
+        f" {recipe['reference'][0]['nn']:.3f}, and a copy would be at 0.</p>",
         "<h2>Recipe</h2><details><summary>Everything that made these numbers</summary>"
         f"<pre>{html.escape(json.dumps(recipe, indent=1))}</pre></details>",
     ]
@@ -175,8 +180,9 @@ def _pictures(rule: str, ws: list[float], grids: list[np.ndarray]) -> str:
     return (
         f"<section class='rule'><h3>{rule}</h3><label class='choose' hidden>w <input type='range'"
         f" min='0' max='{len(ws) - 1}' value='0' aria-label='w of {rule}'><output></output></label>"
-        f"<img class='shown' alt='{rule} at the w chosen' hidden>"
-        f"<details open><summary>all of them</summary>{rows}</details></section>"
+        f"<div class='scroll'><img class='shown' alt='{rule} at the w chosen' hidden></div>"
+        "<details open><summary>all of them</summary>"
+        f"<div class='scroll'>{rows}</div></details></section>"
     )
 
 
