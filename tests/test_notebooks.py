@@ -66,7 +66,8 @@ def test_badges_and_links_lead_to_one_repository():
             assert (ROOT / file).is_file(), file
     for path in NOTEBOOKS:
         link = f"https://colab.research.google.com/github/[\\w-]+/cfg_jax/blob/main/launch/colab/{path.name}"
-        assert re.search(rf"\[!\[Open in Colab\]\([^)]+\)\]\({link}\)", texts[path])
+        for page in (path, ROOT / "README.md"):
+            assert re.search(rf"\[!\[Open in Colab\]\([^)]+\)\]\({link}\)", texts[page])
 
 
 @by_name(NOTEBOOKS)
