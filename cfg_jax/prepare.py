@@ -124,6 +124,6 @@ if __name__ == "__main__":
         "Own pictures: what becomes of files that cannot be read; they are named in any case.",
     )
     flags.DEFINE_integer(
-        *("held_out", 20), "Own pictures: every so manieth of a class is split `test`; 0: none."
+        *("held_out", 20), "Own pictures: every N-th of a class is split `test`; 0: none."
     )
     command.run(main)
