@@ -88,7 +88,10 @@ def main() -> None:
 
 
 def draw(found: dict, grids: list[str], held_out: dict | None, options) -> None:
-    """A column a grid; above the distance, below the score; grey what held-out real images get."""
+    """A column a grid; above the distance, below the score; grey what held-out real images get.
+
+    The score's axis begins a little below the best: what is far from it is not on the page.
+    """
     page = figure.Figure(figsize=(5.2 * len(grids), 7.5), layout="constrained")
     axes = page.subplots(2, len(grids), sharex=True, sharey="row", squeeze=False)
     for (grid, name), points in found.items():
@@ -108,7 +111,9 @@ def draw(found: dict, grids: list[str], held_out: dict | None, options) -> None:
         axes[row, 0].set_ylabel(score)
     for axis in axes[0]:
         axis.set_yscale("log")
+    best = max(score for points in found.values() for *_, score in points)
     for axis in axes[1]:
+        axis.set_ylim(0.98 * best, best + 0.002 * best)
         axis.set_xlabel(f"network evaluations an image, w = {options.w:g}")
     axes[0, -1].legend(frameon=False, fontsize=8)
     page.savefig(options.out, dpi=110, metadata={"Software": None})
