@@ -103,18 +103,25 @@ def point(made: np.ndarray, look: features.Extractor, real: scores.Reference) ->
     }
 
 
-def frontier(points: Sequence[dict], title: str) -> figures.Figure:
-    """Frechet distance against inception score, a line a rule; the numbers are w."""
+def frontier(points: Sequence[dict], title: str, classes: int) -> figures.Figure:
+    """Frechet distance against inception score, a line a rule; the numbers are w.
+
+    A judge knows nearly every image, and scores crowd below the number of classes, which is the
+    most that a score can be: so the axis is of what is missing to it.
+    """
     figure = figures.Figure(figsize=(9, 6.5), layout="constrained")
     axes = figure.subplots()
     for i, name in enumerate(dict.fromkeys(p["rule"] for p in points)):
         own = [p for p in points if p["rule"] == name]
-        x, y = ([p[key] for p in own] for key in ("is", "fd"))
-        axes.plot(x, y, marker="osD^vPX"[i % 7], color=f"C{i % 10}", label=name, markersize=4)
-        for p in own:
-            at, text = (p["is"], p["fd"]), f"{p['w']:g}"
-            axes.annotate(text, at, xytext=(3, 3), textcoords="offset points", size=6)
-    axes.set(xlabel="inception score (judge)", ylabel="Fréchet distance (judge)", yscale="log")
+        x, y = [classes - p["is"] for p in own], [p["fd"] for p in own]
+        style = {"marker": "osD^vPX"[i % 7], "color": f"C{i % 10}", "linewidth": 1}
+        axes.plot(x, y, "-" if i < 10 else "--", label=name, markersize=4, **style)
+        for at in zip(x, y, own):
+            text = f"{at[2]['w']:g}"
+            axes.annotate(text, at[:2], xytext=(3, 3), textcoords="offset points", size=6)
+    axes.set(xscale="log", yscale="log", ylabel="Fréchet distance (judge)")
+    axes.set_xlabel(f"{classes} - inception score (judge): better to the right")
+    axes.invert_xaxis()
     axes.set_title(title, loc="left", fontsize=10)
     axes.legend(frameon=False, fontsize=8)
     axes.grid(alpha=0.25, linewidth=0.5)
@@ -160,7 +167,8 @@ def main() -> None:
         picture = images.grid(np.concatenate(rows), len(shown), scale=4)
         images.save_png(options.out / f"{name}.png", picture)
     title = f"{model.dataset.name}, {options.num_samples} images a point, {options.steps} levels"
-    frontier(points, f"{title}; the numbers are w").savefig(options.out / "frontier.png", dpi=110)
+    page = frontier(points, f"{title}; the numbers are w", model.dataset.num_classes)
+    page.savefig(options.out / "frontier.png", dpi=110, metadata={"Software": None})
     recipe = {key: str(value) for key, value in vars(options).items()}
     text = json.dumps({"recipe": recipe, "points": points}, indent=1)
     (options.out / "rules.json").write_text(text + "\n")
