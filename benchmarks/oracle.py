@@ -205,6 +205,7 @@ def measure(points: int, rules: list[str]):
                         x = np.asarray(chain(rule, run, models, z, levels(grid, T), kinds=kinds))
                         cell[T] = errors(x, true(share), label)
             print(f"{name} ({which})", file=sys.stderr, flush=True)
+        jax.clear_caches()  # a process may map so many programs and no more
     return found
 
 
@@ -247,7 +248,7 @@ def report(found, points: int, seconds: float) -> str:
     lines += [f"| rule | {' | '.join(SAMPLERS)} |", "|" + "---|" * (1 + len(SAMPLERS))]
     for rule in rules:
         cells = [[found[rule, which, s, "uniform_lambda"] for which in TARGETS] for s in SAMPLERS]
-        orders = [" / ".join(map(order, pair)) for pair in cells]
+        orders = ["\u00a0/\u00a0".join(map(order, pair)) for pair in cells]
         lines.append(f"| {' | '.join([rule, *orders])} |")
     lines.append("")
     for rule, (which, title) in itertools.product(rules, TARGETS.items()):
@@ -257,7 +258,7 @@ def report(found, points: int, seconds: float) -> str:
         for sampler, grid in itertools.product(SAMPLERS, GRIDS):
             cell = found[rule, which, sampler, grid]
             parts = 3 if which == "c" else 2
-            values = [" / ".join(number(v) for v in cell[T][:parts]) for T in STEPS]
+            values = ["\u00a0/\u00a0".join(number(v) for v in cell[T][:parts]) for T in STEPS]
             lines.append(f"| {' | '.join([sampler, grid, *values, order(cell)])} |")
         lines.append("")
     return "\n".join(lines)
