@@ -34,9 +34,10 @@ def test_settings_of_the_chain_are_those_of_the_config(model, trained):
     sampler = {"name": "ancestral", "v": 1.0}
     config["sample"] |= {"steps": 4, "sampler": sampler, "guidance": {"name": "scaled_score"}}
     expected, _ = generator.load(str(trained), experiment.build(config))
-    got = model.sample(LABELS, 0.5, seed=2, steps=4, sampler={"v": 1.0}, guidance="scaled_score")
-    np.testing.assert_array_equal(got, expected(LABELS, 0.5, seed=2))
-    assert not near(got, model.sample(LABELS, 0.5, seed=2))
+    which = {"seed": 2, "index": [5, 0, 9]}
+    got = model.sample(LABELS, 0.5, **which, steps=4, sampler={"v": 1.0}, guidance="scaled_score")
+    np.testing.assert_array_equal(got, expected(LABELS, 0.5, **which))
+    assert not near(got, model.sample(LABELS, 0.5, **which))
     assert model.config["sample"]["steps"] == 8, "the model itself is as it was"
 
 
@@ -53,6 +54,14 @@ def test_equal_settings_share_one_program(model, monkeypatch):
     assert all(g.compilations() <= 1 for g in model._generators.values())
 
 
+def test_other_settings_are_other_programs(model):
+    own = model._generator()._programs
+    assert model._generator(8, "ancestral", "uniform_u", "scaled_score", [3])._programs is own
+    others = [{"steps": 9}, {"sampler": "ddim"}, {"sampler": {"v": 0.9}}, {"along": True}]
+    for other in (*others, {"grid": "edm"}, {"grid": {"name": "edm", "rho": 5.0}}):
+        assert model._generator(**other)._programs is not own, other
+
+
 @pytest.mark.parametrize(
     "sampler",
     [
@@ -67,6 +76,8 @@ def test_the_trajectory_ends_in_the_image(model, sampler):
     assert path.dtype == np.uint8 and path.shape == (8, *image.shape)
     assert near(path[-1], image)
     assert len(np.unique(path.reshape(8, -1), axis=0)) > 2, "it moves"
+    backwards = model.trajectory(LABELS[::-1], **settings, index=[2, 1, 0])
+    assert near(backwards[:, ::-1], path), "each by its index"
     thinned = model.trajectory(LABELS, **settings, every=3)
     np.testing.assert_array_equal(thinned, path[[1, 4, 7]])
 
@@ -87,6 +98,7 @@ def test_the_trajectory_ends_in_the_image(model, sampler):
         (lambda m: m.trajectory(LABELS, every=0), "every=0"),
         (lambda m: cfg_jax.load("digit"), "(digits)"),
         (lambda m: cfg_jax.load("digits", classifier="digits"), "holds no classifier"),
+        (lambda m: cfg_jax.load("digits", classifier="digits", weak="digits"), "not both"),
     ],
 )
 def test_a_mistake_says_what_would_be_right(model, call, told):

@@ -179,6 +179,14 @@ def test_every_published_network_is_built_in_its_size(name):
     known = {"64": "cosine", "128": "linear", "256": "linear"}
     assert model.schedule.betas == known[str(side)]
     assert len(model.lams()) == (256 if model.is_classifier else 250)
+    # What no shape tells, and the flags of the published commands do: in how many heads, and in
+    # which order, channels are read; that the variance is learned.
+    options, sampler = model.config["model"], model.config["sample"]["sampler"]
+    heads = {"num_heads": 4} if name == "128x128_diffusion.pt" else {"head_channels": 64}
+    for option in ("num_heads", "head_channels"):
+        assert options[option] == heads.get(option), option
+    assert options["head_order"] == ("new" if name == "64x64_diffusion.pt" else "legacy")
+    assert sampler["learned_v"] is not model.is_classifier
 
 
 MISTAKES = {

@@ -1,6 +1,7 @@
 """The evaluation job: what it writes, that it goes on where it was killed, and what it refuses."""
 
 import csv
+import dataclasses
 import json
 import re
 import shutil
@@ -8,11 +9,13 @@ import time
 
 import numpy as np
 import pytest
+from etils import epath
 from faults import run_together
 
 import cfg_jax
 from cfg_jax import experiment, features, generator, report, scores, stored
 from cfg_jax import sweep as sweeps
+from cfg_jax.metrics import frechet, inception_score, kid, neighbours, precision_recall
 from cfg_jax.types import UsageError
 
 OF = "--reference"
@@ -224,6 +227,36 @@ def test_pictures_come_in_the_order_asked_for(trained):
     assert sampled.batch_size < 39 and np.abs(made.astype(int) - want).max() <= 1
 
 
+def test_images_of_another_recipe_lie_elsewhere(tmp_path):
+    """All that decides an image names its folder; how many there are, or at a time, does not."""
+    config = experiment.SCHEMA.complete(experiment.load_config("digits"))
+
+    def point(**fields):
+        sampled = generator.Generator(
+            experiment.build({**config, "sample": {**config["sample"], **fields}}), {}
+        )
+        of = {"model": "abc"}
+        return sweeps.Point(sampled, 1.0, 0, "balanced", np.arange(8), of, epath.Path(tmp_path))
+
+    one = point()
+    others = [
+        dataclasses.replace(one, w=1.0 + 1e-7),
+        dataclasses.replace(one, seed=1),
+        dataclasses.replace(one, label_rule="training"),
+        dataclasses.replace(one, fingerprints={"model": "abd"}),
+        point(steps=9),
+        point(clip=False),
+        point(grid={"name": "edm"}),
+        point(sampler={"name": "ancestral", "v": 0.31}),
+        point(guidance={"name": "scaled_score"}),
+        point(negative=(3,)),
+    ]
+    folders = {p._store() for p in (one, *others)}
+    assert len(folders) == 1 + len(others)
+    more = dataclasses.replace(one, labels=np.arange(9))
+    assert {more._store(), point(batch_size=8)._store()} == {one._store()} <= folders
+
+
 MISTAKES = {
     "no judge": (["--judge="], ["--judge", "no trained model"]),
     "features of nobody": (["--features=inceptoin"], ["inceptoin", "judge"]),
@@ -284,12 +317,42 @@ def test_scores_know_better_from_worse():
     assert "accuracy" not in scores.score(*images_of(200, 0, 1), reference)
 
 
+def test_each_score_is_what_its_metric_says():
+    """With k = 3 where neighbours are counted, whatever order the images are in."""
+    seen, labels = images_of(120, 1.0, 1)
+    ours, real = seen["features"], images_of(150, 0, 0)[0]["features"]
+    seen["spatial"], spatial = ours[:, :3], frechet.moments(real[:, 1:4])
+    reference = scores.Reference(real[:100], frechet.moments(real), spatial)
+    found = scores.score(seen, labels, reference, knows_labels=True, resample=False)
+    on = precision_recall.precision_recall(ours, real[:100], k=3)
+    of_kid = kid.kid(ours, real[:100])
+    assert {name: score.value for name, score in found.items()} == {
+        "fd": frechet.distance(frechet.moments(ours), frechet.moments(real)),
+        "sfd": frechet.distance(frechet.moments(ours[:, :3]), spatial),
+        "is": inception_score.inception_score(seen["logits"]).mean,
+        "precision": on.precision,
+        "recall": on.recall,
+        "kid": of_kid.value,
+        "nn": neighbours.nearest(ours, real[:100]).mean(),
+        "accuracy": np.mean(seen["logits"].argmax(1) == labels),
+    }
+    assert found.pop("kid").summary() == {"value": of_kid.value, "error": of_kid.error}
+    assert all(score.resampled is None for score in found.values()), "none was asked for"
+
+
 def test_labels_with_few_images_are_no_strata():
     """Resampled within one image each, nothing would move, and every error would be 0."""
     seen, _ = images_of(60, 0, 1)
     reference = scores.Reference.of(images_of(80, 0, 0)[0]["features"])
     for name, scored in scores.score(seen, np.arange(60), reference).items():
         assert scored.summary()["error"] > 0, name
+    # One label of few is enough; ten of each are strata.
+    drawn = {}
+    for least in (None, 9, 10):
+        labels = None if least is None else np.arange(60) < least
+        drawn[least] = scores.score(seen, labels, reference)["nn"].resampled
+    np.testing.assert_array_equal(drawn[9], drawn[None])
+    assert np.any(drawn[10] != drawn[None])
 
 
 def test_differences_are_paired():
@@ -301,13 +364,15 @@ def test_differences_are_paired():
     assert b.difference(a)["error"] < 1e-12 < a.summary()["error"]
 
 
-def test_a_fingerprint_is_of_every_bit_and_every_name():
+def test_a_fingerprint_is_of_every_bit_and_every_name(monkeypatch):
     params = {"a": np.ones(3, np.float32), "b": {"c": np.zeros(2, np.float32)}}
     other = {"a": np.nextafter(params["a"], np.float32(2)), "b": params["b"]}
     renamed = {"a": params["a"], "b": {"d": params["b"]["c"]}}
     prints = {features.fingerprint(tree) for tree in (params, other, renamed)}
     assert len(prints) == 3
     assert features.fingerprint(dict(reversed(params.items()))) in prints
+    monkeypatch.setattr(features, "VERSION", b"2")
+    assert features.fingerprint(params) not in prints
 
 
 def test_the_judge_wants_a_path(tmp_path):

@@ -45,6 +45,10 @@ def test_weights_are_looked_for_where_the_user_says_first(file, tmp_path, monkey
     for value in (told, told.parent):
         monkeypatch.setenv("CFG_JAX_WEIGHTS", str(value))
         assert file.path() == told
+    # The same file may go by another name.
+    renamed = told.rename(told.with_name("weights-of-others.pth"))
+    assert file.path() == in_cache
+    assert dataclasses.replace(file, others=(renamed.name,)).path() == renamed
 
 
 def test_without_a_network_the_place_is_said(file, tmp_path):
@@ -118,6 +122,21 @@ def test_efficientnet_lite0_is_the_published_network(state):
     ours = jax.jit(efficientnet_lite0.look)(params, x)
     for mine, theirs in zip(ours, (pooled, logits), strict=True):
         assert np.abs(mine - theirs).max() < 1e-4 * theirs.std()
+
+
+def test_efficientnet_lite0_sees_levels_around_127_over_128(monkeypatch):
+    """At 224 x 224, grey as three colours, and the mean of what a pixel covers where it shrinks."""
+    monkeypatch.setattr(efficientnet_lite0, "look", lambda params, x: (x, None))
+    levels = np.full((2, 224, 224, 1), 127, np.uint8)
+    levels[1] = 255
+    seen, _ = efficientnet_lite0.apply(None, levels)
+    assert seen.shape == (2, 224, 224, 3)
+    np.testing.assert_allclose(seen[0], 0, atol=1e-6)
+    np.testing.assert_allclose(seen[1], 1, atol=1e-6)
+    stripes = np.zeros((1, 4, 896, 3), np.uint8)
+    stripes[:, :, ::4] = 200
+    seen, _ = efficientnet_lite0.apply(None, stripes)
+    np.testing.assert_allclose(128 * seen[:, :, 2:-2] + 127, 200 / 4, atol=1)
 
 
 def test_weights_of_another_network_are_refused(state):

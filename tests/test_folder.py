@@ -142,13 +142,14 @@ def test_every_kind_of_picture_is_what_one_sees(tmp_path, capsys):
     save(image(), root / ".git" / "no.png")
     (root / "b" / "notes.txt").write_text("")
     save(image(), root / "stray.png")
+    (root / "b" / "gone.png").symlink_to(root / "nowhere.png")
     assert make(root, data) == {"train": len(GOOD) + 1}
     told = capsys.readouterr().err
     assert "1 folders without a picture, which are no classes: nothing" in told
     assert "2 files passed over" in told and "stray.png" in told and "b/notes.txt" in told
     assert "1 pictures became: enlarged" in told
     assert "2 pictures became: the first of its frames" in told
-    assert "hidden" not in told and ".git" not in told
+    assert not any(passed in told for passed in ("hidden", ".git", "gone"))
 
     mine = datasets.DATASETS["image_folder"](builder="mine", data_dir=str(data))
     assert (mine.classes, mine.image_shape) == (("all kinds", "b"), (16, 16, 3))
@@ -186,18 +187,19 @@ def test_bad_pictures_are_refused_or_skipped_and_named(tmp_path, capsys):
 
     assert make(root, data, bad_files="skip") == {"train": 2}
     assert "mine: already in" in capsys.readouterr().out
+    for other in ({"side": 8}, {"held_out": 2}):
+        with pytest.raises(UsageError, match="holds other pictures"):
+            make(root, data, bad_files="skip", **other)
     save(image(), root / "a" / "cut.png")
     with pytest.raises(UsageError, match="holds other pictures"):
         make(root, data, bad_files="skip")
-    with pytest.raises(UsageError, match="holds other pictures"):
-        make(root, data, side=8)
 
 
 def test_a_mended_picture_is_read_again(tmp_path):
     root, data = tmp_path / "pictures", tmp_path / "data"
     save(image(), root / "a" / "1.png")
     whole = (root / "a" / "1.png").read_bytes()
-    (root / "a" / "1.png").write_bytes(whole[:60])
+    (root / "a" / "1.png").write_bytes(whole[:60] + bytes(len(whole) - 60))  # of the same size
     with pytest.raises(UsageError, match="1 of 1 pictures"):
         make(root, data)
     with pytest.raises(UsageError, match="no picture of class a"):
@@ -214,14 +216,34 @@ def test_every_so_manieth_of_a_class_is_held_out(tmp_path, monkeypatch):
             save(image(left=(i, 0, 0), right=(i, 0, 0)), root / name / f"{i}.png")
     (root / "a" / "4.png").write_bytes(b"")
     (root / "c" / "2.png").write_bytes(b"")
+    with pytest.raises(UsageError, match="2 of 12 pictures"):
+        make(root, data, held_out=2)  # in as many shards of either split
     made = make(root, data, held_out=3, bad_files="skip")
     assert made == {"train": 8, "test": 2}
+    shards = sorted(path.name for path in (data / "mine" / "1.0.0").glob("mine-*"))
+    wanted = [f"mine-train.array_record-0000{i}-of-00003" for i in range(3)]
+    assert shards == ["mine-test.array_record-00000-of-00001", *wanted], "of this run alone"
     mine = datasets.DATASETS["image_folder"](builder="mine", data_dir=str(data))
     test = mine.load("test")
     assert (test.images[:, 0, 0, 0].tolist(), test.labels.tolist()) == ([2, 5], [0, 0])
     train = mine.load("train")
     assert train.images[:, 0, 0, 0].tolist() == [0, 1, 3, 6, 0, 1, 0, 1]
     assert train.labels.tolist() == [0, 0, 0, 0, 1, 1, 2, 2]
+
+
+def test_a_split_of_bad_pictures_alone_is_none(tmp_path):
+    save(image(), tmp_path / "pictures" / "a" / "1.png")
+    (tmp_path / "pictures" / "a" / "2.png").write_bytes(b"")
+    made = make(tmp_path / "pictures", tmp_path / "data", held_out=2, bad_files="skip")
+    assert made == {"train": 1}
+
+
+def test_sixteen_bits_become_the_nearest_of_eight(tmp_path):
+    levels = [0, 128, 129, 25700 - 128, 25700, 25700 + 128, 25700 + 129, 65535 - 129, 65535]
+    for level, wanted in zip(levels, [0, 0, 1, 100, 100, 100, 101, 254, 255], strict=True):
+        PIL.Image.fromarray(np.full((8, 8), level, np.uint16)).save(tmp_path / "grey.png")
+        pixels, _ = folder.square(tmp_path / "grey.png", 8)
+        assert np.all(pixels == wanted), level
 
 
 @pytest.mark.parametrize(

@@ -139,6 +139,11 @@ def test_what_cannot_be_guided_is_refused(model):
     with pytest.raises(UsageError, match="--weak has num_classes 9, the model 10"):
         other = types.SimpleNamespace(image_shape=(8, 8, 1), num_classes=9)
         request.check_guidance(built, dataclasses.replace(weak, dataset=other), [1.0])
+    with pytest.raises(UsageError, match="tells a variance"):
+        request.check_guidance(built, shaken(7, reading="eps_and_v")[0], [1.0])
+    with pytest.raises(UsageError, match="take its teacher"):
+        student = experiment.build(experiment.load_config("digits_distilled"))
+        request.check_guidance(built, student, [1.0])
     with pytest.raises(UsageError, match="--weak=DIR"):
         request.check_guidance(no_null, None, [1.0])
     request.check_guidance(no_null, weak, [1.0])  # a weaker model needs none

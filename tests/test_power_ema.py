@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from scipy import integrate
 
-from cfg_jax import power_ema, train_step
+from cfg_jax import power_ema, reconstruct, train_step
+from cfg_jax.models import weights
 from cfg_jax.types import UsageError
 
 
@@ -79,17 +80,32 @@ def test_other_lengths_are_made_after_training(run, sigma, at, within):
     assert error < max(30 * within, 1e-6)
 
 
-def test_the_error_says_what_cannot_be_made(run):
-    """A profile far shorter than any that was kept; its error is that of the closest sum."""
+def test_an_average_is_made_of_what_was_kept_until_its_step(run, tmp_path):
+    path, kept = run
+    (tmp_path / "ema").mkdir()
+    for (at, sigma), average in kept.items():
+        params = {"p": np.float32(average if at <= 1500 else np.full(8, np.nan))}
+        file = tmp_path / "ema" / f"{at:08d}_{sigma!r}.safetensors"
+        weights.save_safetensors(file, params, {"step": str(at)})
+    params, step, error = reconstruct.make(str(tmp_path), 0.07, 1500)
+    np.testing.assert_allclose(params["p"], weights_by_hand(0.07, 1500) @ path[:1500], rtol=1e-3)
+    assert step == 1500 and error < 0.03
+    last, step, _ = reconstruct.make(str(tmp_path), 0.07)
+    assert step == 2000 and np.isnan(last["p"]).all()
+
+
+@pytest.mark.parametrize("sigma, least", [(0.001, 0.8), (0.01, 0.2), (0.03, 0.02)])
+def test_the_error_says_what_cannot_be_made(run, sigma, least):
+    """A profile shorter than any that was kept; its error is that of the closest sum."""
     _, kept = run
-    factors, error = power_ema.coefficients(list(kept), (2000, 0.001))
+    factors, error = power_ema.coefficients(list(kept), (2000, sigma))
     by_hand = sum(
         f * np.pad(weights_by_hand(s, t), (0, 2000 - t)) for f, (t, s) in zip(factors, kept)
     )
-    wanted = weights_by_hand(0.001, 2000)
-    assert error > 0.3
+    wanted = weights_by_hand(sigma, 2000)
+    assert error > least
     assert error == pytest.approx(
-        np.linalg.norm(by_hand - wanted) / np.linalg.norm(wanted), rel=0.1
+        np.linalg.norm(by_hand - wanted) / np.linalg.norm(wanted), rel=0.01
     )
 
 

@@ -1,10 +1,12 @@
 """References: from a data set, to a file and back; published files; what is refused."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
-from cfg_jax import features, paper, reference, sweep
+from cfg_jax import features, panel, paper, reference, sweep
 from cfg_jax.data import datasets
 from cfg_jax.metrics import frechet, neighbours
 from cfg_jax.runtime import mesh as meshes
@@ -69,7 +71,8 @@ def test_neighbours_are_of_some_images_evenly_spread(monkeypatch):
     some = reference.of_dataset(linear(), Pictures())
     assert some.images.shape == (100, 4, 4, 1) and some.recipe["neighbours"] == 100
     everything = Pictures().examples.images
-    np.testing.assert_array_equal(some.images[[0, -1]], everything[[0, -1]])
+    at = [np.flatnonzero((everything == image).all((1, 2, 3))).item() for image in some.images]
+    assert (at[0], at[-1]) == (0, COUNT - 1) and {*np.diff(at)} == {23, 24}, "2,299 / 99 = 23.2"
     np.testing.assert_array_equal(some.seen.features, linear()(some.images)["features"])
     assert some.seen.moments.count == some.recipe["images"] == COUNT
 
@@ -82,6 +85,30 @@ def test_a_file_gives_back_what_was_written(made, tmp_path):
     np.testing.assert_array_equal(back.seen.moments.covariance, made.seen.moments.covariance)
     np.testing.assert_array_equal(back.seen.spatial.mean, made.seen.spatial.mean)
     assert back.recipe == {"file": str(path), **made.recipe}
+
+
+@dataclasses.dataclass(frozen=True)
+class Described:
+    """Pictures as a data set describes itself."""
+
+    split: str = "train"
+    data_dir: str | None = None
+    name, image_shape, resize = Pictures.name, Pictures.image_shape, Pictures.resize
+
+    def load(self, split):
+        return Pictures(30 if split == "train" else 20).examples
+
+
+def test_what_was_seen_is_kept_for_the_same_network_and_images(tmp_path):
+    first = reference.kept(linear(), Described(), tmp_path)
+    (path,) = tmp_path.iterdir()
+    again = reference.kept(linear(), Described(data_dir="/elsewhere"), tmp_path)
+    assert again.recipe == {"file": str(path), **first.recipe}
+    np.testing.assert_array_equal(again.seen.features, first.seen.features)
+    others = [(linear(parameters="abd"), Described()), (linear(), Described(split="test"))]
+    for i, (look, dataset) in enumerate(others):
+        assert "file" not in reference.kept(look, dataset, tmp_path).recipe
+        assert len(list(tmp_path.iterdir())) == 2 + i
 
 
 def published(tmp_path, made, **others):
@@ -128,6 +155,37 @@ def test_what_does_not_fit_is_one_line(made, tmp_path):
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(UsageError, match=r"not a whole \.npz"):
         reference.load(path, linear(), **fits)
+
+
+# --- several extractors ---
+
+
+def test_scores_say_whose_features_they_are_of(made):
+    """Names of one network's own are plain; of the rest only those of the first extractor are."""
+    rng = np.random.default_rng(2)
+    images = rng.integers(0, 256, (40, 4, 4, 1), dtype=np.uint8)
+    judge = dataclasses.replace(
+        linear("judge"), names={"fd": "fd_judge", "is": "is_judge"}, judge="of three classes"
+    )
+    network = dataclasses.replace(linear(), names={"fd": "fid", "sfd": "sfid", "is": "is"})
+    saw = network(images)
+    saw = {"inception": saw, "judge": {name: saw[name] for name in ("features", "logits")}}
+
+    labels = np.arange(40) % 3
+
+    def names(*looks, labels=labels):
+        of = panel.Panel(looks, [made] * len(looks))
+        return set(of.score([saw[look.name] for look in looks], labels, resample=False))
+
+    own = {"fd_judge", "is_judge", "fid", "sfid", "is"}
+    rest = {"precision", "recall", "kid", "nn"}
+    of_judge, of_network = (
+        {f"{name}_{whose}" for name in rest} for whose in ("judge", "inception")
+    )
+    assert names(judge, network) == own | rest | of_network | {"accuracy"}
+    assert names(network, judge) == own | rest | of_judge | {"accuracy_judge"}
+    assert names(network) == own - {"fd_judge", "is_judge"} | rest
+    assert names(judge, labels=None) == {"fd_judge", "is_judge"} | rest
 
 
 # --- labels ---

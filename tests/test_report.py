@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pytest
 from etils import epath
+from matplotlib import figure
 
 from cfg_jax import curve, report
 
@@ -61,6 +62,39 @@ def test_the_papers_table_is_beside_ours_only_where_it_compares(written):
     assert curve.of_paper(sweep(fd="fd_judge")) == {}, "no FID"
     assert "the paper's table" in (written / "report.html").read_text()
     assert curve.draw(sweep()) != curve.draw(sweep("digits")), "its curves are drawn"
+
+
+def test_a_rule_is_a_curve_over_its_rising_w():
+    points = sweep()["points"]
+    for shuffled in (points, points[::-1], points[1::2] + points[::2]):
+        rules = curve.by_rule(shuffled)
+        assert {rule: [p["w"] for p in of_rule] for rule, of_rule in rules.items()} == {
+            "classifier_free": [0.0, 0.3, 4.0],
+            "interval": [0.0, 0.3, 4.0],
+        }
+
+
+def test_numbers_are_rounded_to_what_they_say():
+    numbers = {0: "0.000", 12.34567: "12.346", 0.01: "0.010", -0.5: "-0.500", -0.0012: "-1.2e-03"}
+    assert {value: report.number(value) for value in numbers} == numbers
+
+
+def test_the_dashed_line_is_the_distance_in_the_reference_of_the_same_features():
+    features = [{"name": "inception"}, {"name": "judge"}]
+    recipe = {"features": features, "reference": [{"nn": 0.9}, {"nn": 0.4}], "held_out": None}
+    heights = []
+    for name in ("nn", "nn_judge"):
+        axis = figure.Figure().subplots()
+        curve._against_w(axis, name, [0.0, 4.0], recipe)
+        heights += [set(line.get_ydata()) for line in axis.lines]
+    assert heights == [{0.9}, {0.4}]
+
+
+def test_bars_reach_from_the_lower_end_of_an_interval_to_the_upper():
+    points = [point("classifier_free", w, fid=3.0) for w in (0.0, 1.0)]
+    points[1]["scores"]["fid"] |= {"low": 2.5, "high": 4.5}
+    value, (down, up) = curve._bars(points, "fid")
+    assert (value - down).tolist() == [3.0, 2.5] and (value + up).tolist() == [3.0, 4.5]
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import PIL.Image
 import pytest
 
 import cfg_jax
-from cfg_jax import experiment, generator, stored
+from cfg_jax import card, experiment, generator, stored
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +151,27 @@ def test_an_export_is_the_model(trained, tmp_path):
     (tmp_path / "ema.md").write_text("mine")
     model.save(path)
     assert (tmp_path / "ema.md").read_text() == "mine", "a card that its maker wrote on stays"
+
+
+def test_a_card_says_what_its_model_is(model):
+    config = model[0].config
+    known = {"classes": ["zero", "one"], "image_shape": (8, 8, 1), "parameters": 12345}
+    trained = card.text("my.safetensors", config, step=3000, guided=True, **known)
+    steps = f"3,000 steps of {config['train']['batch_size']} images"
+    for said in ("# my\n", "2 classes", "12,345", "[1, 8, 8, 1]", "w=1,", "- 1: one", steps):
+        assert said in trained, said
+    assert "is 1 + w" in trained and "Converted" not in trained
+    converted = card.text("my.safetensors", config, step=0, guided=False, **known)
+    assert "Converted from published weights." in converted and "Trained for" not in converted
+    assert "no null label" in converted and "w=0," in converted
+
+
+def test_an_export_does_not_tell_where_the_data_lay(model, tmp_path):
+    config = {**model[0].config, "dataset": {**model[0].config["dataset"], "data_dir": "/mine"}}
+    path = str(tmp_path / "ema.safetensors")
+    stored.export(path, {"p": np.zeros(1, np.float32)}, config, 1)
+    assert stored.saved_config(path) == {**model[0].config}
+    assert config["dataset"]["data_dir"] == "/mine"
 
 
 @pytest.mark.slow

@@ -265,6 +265,45 @@ def test_euler_and_heun_are_algorithm_2_of_karras(second_order, float64):
     np.testing.assert_allclose(path(sampler, LAMS, DRAWS).x, x, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("name", ["dpmpp_2m", "unipc"])
+def test_a_sampler_that_remembers_integrates_a_polynomial_through_its_estimates(name, float64):
+    """Over levels of uneven distance, by quadrature; s = lam / 2."""
+    s, nodes = LAMS / 2, np.polynomial.legendre.leggauss(20)
+
+    def through(*known):
+        def x(at):
+            others = [[b for b in known if b != a] for a in known]
+            shares = [
+                np.prod([(at - s[b]) / (s[a] - s[b]) for b in rest])
+                for a, rest in zip(known, others)
+            ]
+            return sum(share * seen[a] for share, a in zip(shares, known))
+
+        return x
+
+    def step(z, i, x):
+        """z' = (sigma' / sigma) z + alpha' int e^(s - s') x(s) ds from level i on."""
+        half = (s[i + 1] - s[i]) / 2
+        at = s[i] + half * (nodes[0] + 1)
+        total = sum(half * w * np.exp(a - s[i + 1]) * x(a) for a, w in zip(at, nodes[1]))
+        shrunk = oracle.sigma(LAMS[i + 1]) / oracle.sigma(LAMS[i])
+        return shrunk * z + oracle.alpha(LAMS[i + 1]) * total
+
+    z = begin = DRAWS[0]
+    seen = []
+    for i, lam in enumerate(LAMS):
+        seen.append(np.asarray(bend(jnp.asarray(z), lam).x))
+        if name == "unipc" and i == 1:
+            z = step(begin, 0, lambda _: (seen[0] + seen[1]) / 2)
+        elif name == "unipc" and i > 1:
+            z = step(begin, i - 1, through(i - 2, i - 1, i))
+        begin = z
+        if i + 1 < len(LAMS):
+            middle = through(*range(max(i - 1, 0), i + 1))((s[i] + s[i + 1]) / 2)
+            z = step(z, i, lambda _, x=middle: x)
+    np.testing.assert_allclose(path(FLOWS[name], LAMS, DRAWS).xs, seen, rtol=1e-9, atol=1e-10)
+
+
 def test_churn_stays_between_the_first_level_and_its_bounds():
     lams = jnp.linspace(-10, 10, 21)
     levels = edm.Euler(churn=1e6, churn_low=-15.0, churn_high=3.5).levels(lams)

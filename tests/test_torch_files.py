@@ -40,6 +40,28 @@ def test_both_formats_by_hand(tmp_path):
     assert_example(torch_files.read_state_dict(write_legacy(tmp_path / "l.pth", *example(None))))
 
 
+def test_every_kind_of_number_is_read_as_it_is(tmp_path):
+    kinds = {
+        "Float": np.float32,
+        "Half": np.float16,
+        "BFloat16": jnp.bfloat16,
+        "Double": np.float64,
+        "Long": np.int64,
+        "Int": np.int32,
+        "Short": np.int16,
+        "Char": np.int8,
+        "Byte": np.uint8,
+        "Bool": np.bool_,
+    }
+    data = {kind: np.array([0, 1, -3, 100]).astype(of) for kind, of in kinds.items()}
+    state = {kind: tensor(storage(kind, 4, f"{kind}Storage"), 0, (4,), (1,)) for kind in kinds}
+    read = torch_files.read_state_dict(write_zip(tmp_path / "z.pt", state, data))
+    assert sorted(read) == sorted(kinds)
+    for kind, array in read.items():
+        assert array.dtype == kinds[kind]
+        np.testing.assert_array_equal(array, data[kind])
+
+
 def refusal(path):
     with pytest.raises(UsageError) as error:
         torch_files.read_state_dict(path)

@@ -6,8 +6,9 @@ import pytest
 from faults import assert_equal, final_state, run_together
 
 import cfg_jax
-from cfg_jax import watch
+from cfg_jax import experiment, stored, watch
 from cfg_jax.models import weights
+from cfg_jax.runtime import mesh as meshes
 
 
 @pytest.fixture(scope="module")
@@ -18,6 +19,7 @@ def watching(tiny, judge):
         "--config.evaluate.every=10",
         "--config.evaluate.w=(0.0,1.5)",
         "--config.evaluate.num_samples=40",
+        "--config.evaluate.seed=3",
         f"--config.evaluate.judge={judge}",
         "--config.evaluate.keep_best=fd_judge",
     ]
@@ -45,7 +47,7 @@ def test_the_numbers_are_those_of_evaluate(cli, watched, judge, tmp_path):
     found = logged(watched)
     assert sorted(found) == [10, 20]
     flags = [f"--workdir={watched}", f"--judge={judge}", "--w=0,1.5", "--num_samples=40"]
-    result = cli("evaluate", *flags, f"--out={tmp_path}")
+    result = cli("evaluate", *flags, "--seed=3", f"--out={tmp_path}")
     assert result.status == 0, result.err[-3000:]
     for point in json.loads((tmp_path / "sweep.json").read_text())["points"]:
         for name, score in point["scores"].items():
@@ -87,6 +89,11 @@ def test_a_run_that_goes_on_knows_its_best(cli, watching, watched):
     assert result.status == 0 and "nothing is left" in result.err
     assert "looking at the real images" not in result.err
     assert (watched / watch.BEST).read_bytes() == before
+    model = experiment.build(stored.saved_config(str(watched)))
+    again = watch.Watch(model, meshes.make_mesh(), str(watched))
+    best = json.loads(weights.load_safetensors(watched / watch.BEST)[1]["best"]) | {"step": 30}
+    assert not again._is_better(best, min), "no better than what is in the file"
+    assert again._is_better(best | {"value": best["value"] - 1}, min)
 
 
 def test_an_equal_or_worse_one_is_not_kept():
