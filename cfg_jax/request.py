@@ -2,6 +2,7 @@
 network that guides it.
 """
 
+import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,6 +12,8 @@ import numpy as np
 from cfg_jax import experiment
 from cfg_jax.diffusion import guidance
 from cfg_jax.types import UsageError
+
+FEW = 256  # levels: with so many the paper's grid serves any sampler
 
 
 def role(guide: experiment.Experiment) -> str:
@@ -124,9 +127,26 @@ def reference(
 
 
 def levels(model: experiment.Experiment) -> np.ndarray:
-    """The noise levels of the chain [T], the same to the bit in a program and on the host."""
+    """The noise levels of the chain [T], the same to the bit in a program and on the host.
+
+    Raises UsageError where two are equal: a chain of 1,000 levels has no more to walk.
+    """
     with jax.ensure_compile_time_eval():
-        return np.asarray(model.lams())
+        lams = np.asarray(model.lams())
+    if (np.diff(lams) <= 0).any():
+        raise UsageError(
+            f"sample.steps={len(lams)}: on the grid {model.sample.grid['name']!r} some of these "
+            "levels of this model's schedule are equal; take fewer steps."
+        )
+    name, grid = (section["name"] for section in (model.sample.sampler, model.sample.grid))
+    if grid == "uniform_u" and model.sampler.order > 1 and len(lams) < FEW:
+        warnings.warn(
+            f"sample.sampler {name!r} on sample.grid 'uniform_u' with {len(lams)} steps: the first "
+            "and the last of them are too long for it. --config.sample.grid=uniform_lambda is "
+            "better, below 64 steps edm.",
+            stacklevel=2,
+        )
+    return lams
 
 
 class Evaluations(NamedTuple):

@@ -104,10 +104,11 @@ class Sampler(Protocol):
 
     `levels(lams)` [N] are the levels at which it calls the denoiser, in order: N evaluations are
     what a chain costs. `needs_pair`: whether it reads x alone, on the faith that z = alpha x +
-    sigma eps.
+    sigma eps. `order`: of the error in the length of the steps, where it adds no noise.
     """
 
     needs_pair: ClassVar[bool]
+    order: ClassVar[int]
 
     def levels(self, lams: Array) -> Array: ...
 

@@ -252,6 +252,14 @@ def test_the_edm_grid_is_eq_5_of_karras():
     assert np.all(np.diff(lams) > 0)
 
 
+@pytest.mark.parametrize("betas", ["linear", "cosine"])
+def test_the_edm_grid_ends_where_the_levels_of_a_network_end(betas):
+    levels = schedules.Discrete(betas).levels()
+    lams = schedules.edm(schedules.Discrete(betas), 12)
+    ends = max(min(levels), -2 * np.log(80)), min(max(levels), -2 * np.log(0.002))
+    np.testing.assert_allclose([lams[0], lams[-1]], ends, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     "name, options, level",
     [

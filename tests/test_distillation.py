@@ -111,6 +111,15 @@ def test_a_student_is_sampled_as_one_and_nothing_else_is(config, rule):
         experiment.build(config)
 
 
+@pytest.mark.parametrize("outer", ["interval", "linear", "rescale", "dynamic_threshold"])
+@pytest.mark.parametrize("inner", ["distilled", "scaled_noise"])
+def test_nothing_stands_around_what_does_not_guide_a_denoiser(outer, inner):
+    config = experiment.load_config("digits")
+    config["sample"]["guidance"] = {"name": outer, "rule": {"name": inner}}
+    with pytest.raises(UsageError, match="nothing can be put around it"):
+        experiment.build(config)
+
+
 def test_the_frozen_parameters_lie_as_those_that_are_trained(model):
     config = {**model.config, "train": {**model.config["train"], "fsdp": 4}}
     step = train.make_step(experiment.build(config), meshes.make_mesh(fsdp=4))

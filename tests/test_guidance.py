@@ -81,6 +81,7 @@ NEUTRAL = {
     "an interval of all": lambda w: strengths.Interval(FREE(w), *ALL),
     "a constant shape": lambda w: strengths.Scheduled(FREE(w), jnp.ones_like),
     "apg without projection": lambda w: directions.AdaptiveProjected(w, eta=1.0),
+    "apg without a bound": lambda w: directions.AdaptiveProjected(w, eta=1.0, bound=np.inf),
     "apg of a large bound": lambda w: directions.AdaptiveProjected(w, eta=1.0, bound=1e9),
     "no rescaling": lambda w: corrections.Rescale(FREE(w), 0.0),
     "all of them": lambda w: strengths.Interval(
@@ -257,6 +258,8 @@ def test_rules_inside_rules_are_what_they_are_by_hand():
     ],
 )
 def test_a_schedule_of_w_is_its_formula_in_the_time_of_the_cosine_schedule(make, shape):
+    levels = np.linspace(-20, 20, 64)
+    assert make(FREE(1.0)).passes(levels) == (64, 64), "a small w is not none"
     u = np.arctan(np.exp(-0.5 * LAM)) / (0.5 * np.pi)
     np.testing.assert_allclose(u, schedules.Cosine().u(LAM), atol=1e-4)  # that one is cut off
     for inner in (FREE, lambda w: corrections.Rescale(FREE(w), 0.3)):

@@ -5,6 +5,7 @@ What was measured stands beside each bound.
 """
 
 import functools
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import numpy as np
 import oracle
 import pytest
 
-from cfg_jax import experiment
+from cfg_jax import experiment, request
 from cfg_jax.diffusion import edm, guidance, mixture, multistep, samplers, schedules
 from cfg_jax.types import Prediction, UsageError
 
@@ -400,9 +401,9 @@ def test_float32_is_float64_to_its_rounding_on_the_papers_grid(name):
 # Configs
 
 
-def build(sample):
+def build(sample, **sections):
     config = experiment.load_config("digits")
-    return experiment.build({**config, "sample": sample})
+    return experiment.build({**config, "sample": sample, **sections})
 
 
 def test_a_name_alone_stands_for_its_section():
@@ -414,9 +415,24 @@ def test_a_name_alone_stands_for_its_section():
     assert build({}).config["sample"]["grid"] == {"name": "uniform_u"}
 
 
+def test_more_steps_than_levels_are_refused():
+    model = build({"steps": 1200}, schedule={"name": "discrete"})
+    with pytest.raises(UsageError, match=r"sample.steps=1200.*fewer steps"):
+        request.levels(model)
+
+
+def test_a_grid_that_is_too_coarse_for_a_sampler_is_told():
+    with pytest.warns(UserWarning, match="'dpmpp_2m' on sample.grid 'uniform_u' with 16 steps"):
+        request.levels(build({"sampler": "dpmpp_2m", "steps": 16}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        request.levels(build({"sampler": "ddim", "steps": 16}))
+        request.levels(build({"sampler": "dpmpp_2m", "steps": 16, "grid": "uniform_lambda"}))
+
+
 def test_a_grid_has_its_options():
     model = build({"grid": {"name": "edm", "rho": 5, "sigma_max": 50}, "steps": 5})
-    theirs = schedules.edm(None, 5, rho=5.0, sigma_max=50.0)
+    theirs = schedules.edm(schedules.Cosine(), 5, rho=5.0, sigma_max=50.0)
     np.testing.assert_array_equal(model.lams(), theirs)
     model = build({"grid": {"name": "explicit", "lams": [-5, 0, 5]}, "steps": 3})
     np.testing.assert_array_equal(model.lams(), [-5, 0, 5])

@@ -77,7 +77,8 @@ class AdaptiveProjected:
             def mix() -> Prediction:
                 d = with_c.x - reference(z, lam).x
                 if self.bound is not None:
-                    d = d * self.bound / jnp.maximum(self.bound, jnp.sqrt(_inner(d, d)))
+                    length = jnp.maximum(jnp.sqrt(_inner(d, d)), jnp.finfo(d.dtype).tiny)
+                    d = d * jnp.minimum(1, self.bound / length)
                 along = _over(_inner(d, with_c.x), _inner(with_c.x, with_c.x)) * with_c.x
                 x = with_c.x + logsnr.expand(w, z) * (d + (self.eta - 1) * along)
                 return denoiser.moved(with_c, x.astype(z.dtype), z, lam, keeps_pair=True)

@@ -57,6 +57,7 @@ class Euler:
     standard deviation churn_noise (S_noise). T evaluations. Raises UsageError for a negative churn.
     """
 
+    order: ClassVar[int] = 1
     needs_pair: ClassVar[bool] = True
     churn: float | Array = 0.0
     churn_low: float | Array = -20.0
@@ -102,6 +103,7 @@ class Heun:
     churn.
     """
 
+    order: ClassVar[int] = 2
     needs_pair: ClassVar[bool] = True
     churn: float | Array = 0.0
     churn_low: float | Array = -20.0

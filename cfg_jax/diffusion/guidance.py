@@ -164,6 +164,7 @@ class ScaledNoise:
 
     second: ClassVar[str | None] = None
     keeps_pair: ClassVar[bool] = True
+    alone: ClassVar[bool] = True  # no rule goes around it
     w: float | Array = 0.0
 
     def __post_init__(self):
@@ -200,6 +201,7 @@ class Distilled:
 
     second: ClassVar[str | None] = None
     keeps_pair: ClassVar[bool] = True
+    alone: ClassVar[bool] = True  # no rule goes around it
     w: float | Array = 0.0
 
     def passes(self, lams: Array) -> tuple[int, int]:

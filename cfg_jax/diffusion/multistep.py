@@ -51,6 +51,7 @@ class DPMSolver2M:
     has no slope. T evaluations. Raises UsageError unless 0 <= eta <= 1.
     """
 
+    order: ClassVar[int] = 2
     needs_pair: ClassVar[bool] = True
     eta: float | Array = 0.0
 
@@ -95,6 +96,7 @@ class UniPC:
     again at the better z. Of order 3; T evaluations, as the last level is only read.
     """
 
+    order: ClassVar[int] = 3
     needs_pair: ClassVar[bool] = True
 
     def levels(self, lams: Array) -> Array:

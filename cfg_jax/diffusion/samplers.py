@@ -42,6 +42,7 @@ class Ancestral:
     do. Raises UsageError unless 0 <= v <= 1, and where the denoiser tells no v.
     """
 
+    order: ClassVar[int] = 1
     needs_pair: ClassVar[bool] = True  # it makes the noise of x and z, and reads no eps
     v: float | Array = 0.3
     learned_v: bool = dataclasses.field(default=False, metadata={"static": True})
@@ -97,6 +98,7 @@ class DDIM:
     1.
     """
 
+    order: ClassVar[int] = 1
     needs_pair: ClassVar[bool] = False
     eta: float | Array = 0.0
 

@@ -174,16 +174,18 @@ def edm(
     """The grid [T] of Karras et al. (2022), eq. (5): uniform in sigma^(1 / rho).
 
     sigma is that paper's, e^(-lam / 2): what multiplies the noise where the image is multiplied by
-    1. Its last level, 0, is what every sampler here ends with. Raises UsageError for fewer than one
-    step, and unless 0 < sigma_min < sigma_max and rho > 0.
+    1. Its last level, 0, is what every sampler here ends with. Where the schedule ends before, as
+    those of published weights do, the grid ends there: beyond, the network was told of no level.
+    Raises UsageError for fewer than one step, and unless 0 < sigma_min < sigma_max and rho > 0.
     """
-    del schedule
     if not (0 < sigma_min < sigma_max < math.inf and 0 < rho < math.inf):
         raise UsageError(
             f"grid.sigma_min={sigma_min}, sigma_max={sigma_max}, rho={rho}: all must be above 0, "
             "and sigma_min below sigma_max; Karras et al. (2022) have 0.002, 80 and 7."
         )
-    high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+    noisiest, cleanest = schedule(jnp.ones(())), schedule(jnp.zeros(()))
+    high = jnp.minimum(sigma_max, jnp.exp(-0.5 * noisiest)) ** (1 / rho)
+    low = jnp.maximum(sigma_min, jnp.exp(-0.5 * cleanest)) ** (1 / rho)
     return -2 * rho * jnp.log(high + _steps(steps) * (low - high))
 
 

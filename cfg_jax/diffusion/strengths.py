@@ -18,11 +18,13 @@ from cfg_jax.types import Array, Denoiser, Guidance, LogProb, Prediction, UsageE
 
 
 def check_inner(outer: object, rule: Guidance) -> None:
-    """Raises UsageError for a rule that nothing can be put around: one that changes the noise."""
-    if hasattr(rule, "draws"):
+    """Raises UsageError for a rule that nothing can be put around: what it does is not done to a
+    denoiser, but to the chain's noise, or inside a student's network.
+    """
+    if getattr(rule, "alone", False):
         raise UsageError(
-            f"{type(outer).__name__} around {type(rule).__name__}: that rule changes the chain's "
-            "noise and not its denoiser, so nothing can be put around it."
+            f"{type(outer).__name__} around {type(rule).__name__}: that rule leaves the denoiser "
+            "as it is, so nothing can be put around it."
         )
 
 
@@ -130,17 +132,19 @@ class Scheduled:
         return _scaled(self.rule, self.shape(jnp.asarray(lam)))
 
 
-def _time(lam: Array) -> Array:
-    """t / T in [0, 1] of the cosine schedule without its truncation: 0 clean, 1 noise."""
-    return jnp.arctan(jnp.exp(-0.5 * lam)) / (0.5 * jnp.pi)
+# Written in 1 - t / T and with squares of sines, the shapes cancel nowhere: near the noise they are
+# small, and not 0 by rounding.
+def _clean(lam: Array) -> Array:
+    """1 - t / T in [0, 1] of the cosine schedule without its truncation: 0 noise, 1 clean."""
+    return jnp.arctan(jnp.exp(0.5 * lam)) / (0.5 * jnp.pi)
 
 
 def _linear_shape(lam: Array) -> Array:
-    return 2 * (1 - _time(lam))
+    return 2 * _clean(lam)
 
 
 def _cosine_shape(lam: Array) -> Array:
-    return 1 + jnp.cos(jnp.pi * _time(lam))
+    return 2 * jnp.sin(0.5 * jnp.pi * _clean(lam)) ** 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +152,7 @@ class _PowerCosineShape:
     power: float
 
     def __call__(self, lam: Array) -> Array:
-        return 0.5 * (1 - jnp.cos(jnp.pi * (1 - _time(lam)) ** self.power))
+        return jnp.sin(0.5 * jnp.pi * _clean(lam) ** self.power) ** 2
 
 
 def linear(rule: Guidance) -> Scheduled:
