@@ -9,6 +9,7 @@ from etils import epath
 from etils.epath import backend
 from fsspec.implementations import memory
 
+from cfg_jax.runtime import checkpoint
 from cfg_jax.runtime import logging as runlog
 
 
@@ -58,3 +59,13 @@ def test_a_log_in_a_bucket_keeps_its_lines(workdir):
         log.close()
         assert steps() == expected
     assert [path.name for path in workdir.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_step_that_was_not_committed_is_no_checkpoint(workdir):
+    assert not checkpoint.has_checkpoint(str(workdir))
+    step = workdir / "checkpoints" / "10"
+    (step / "ema").mkdir(parents=True)
+    (step / "ema" / "manifest.ocdbt").write_text("cut short")
+    assert not checkpoint.has_checkpoint(str(workdir))
+    (step / "commit_success.txt").write_text("")
+    assert checkpoint.has_checkpoint(str(workdir))

@@ -46,9 +46,10 @@ def read_config(workdir: str) -> dict | None:
 
 
 def has_checkpoint(workdir: str) -> bool:
-    """Whether a run has saved anything yet."""
-    folder = epath.Path(workdir) / "checkpoints"
-    return folder.exists() and any(child.name.isdigit() for child in folder.iterdir())
+    """Whether a run has saved anything yet, to the end: in a bucket the folder of a step is there
+    from the first byte on.
+    """
+    return bool(ocp.utils.checkpoint_steps(epath.Path(workdir) / "checkpoints"))
 
 
 @functools.cache
