@@ -202,7 +202,7 @@ def train(
             last = leaving or done == plan.steps
             look = last or done % plan.log_every == 0
             save = last or done % plan.checkpoint_every == 0
-            show = shows and (done == plan.steps or done % plan.sample_every == 0)
+            show = shows and (done == plan.steps or done % plan.sample_every == 0) and not leaving
             watches = watched and (last or done % model.evaluate.every == 0) and not leaving
             every = model.ema.snapshot_every
             average = state.profiles and (done == plan.steps or done % every == 0)
