@@ -264,7 +264,7 @@ def _define_flags() -> None:
 
 def main(config: dict[str, Any]) -> None:
     """Trains. What stops a run that was well begun is one line and exit status 1."""
-    meshes.initialize_distributed(FLAGS.distributed)
+    meshes.initialize_distributed(FLAGS.distributed, saves=True)
     meshes.split_cpu(config["train"]["batch_size"])
     meshes.keep_compiled(FLAGS.workdir)
     try:
