@@ -202,7 +202,7 @@ def train(
             last = leaving or done == plan.steps
             look = last or done % plan.log_every == 0
             save = last or done % plan.checkpoint_every == 0
-            show = shows and (done == plan.steps or done % plan.sample_every == 0)
+            show = shows and (done == plan.steps or done % plan.sample_every == 0) and not leaving
             watches = watched and (last or done % model.evaluate.every == 0) and not leaving
             every = model.ema.snapshot_every
             average = state.profiles and (done == plan.steps or done % every == 0)
@@ -264,7 +264,7 @@ def _define_flags() -> None:
 
 def main(config: dict[str, Any]) -> None:
     """Trains. What stops a run that was well begun is one line and exit status 1."""
-    meshes.initialize_distributed(FLAGS.distributed)
+    meshes.initialize_distributed(FLAGS.distributed, saves=True)
     meshes.split_cpu(config["train"]["batch_size"])
     meshes.keep_compiled(FLAGS.workdir)
     try:

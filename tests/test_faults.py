@@ -1,5 +1,7 @@
 """The harness of `faults.py` in small: see there for what each of them holds."""
 
+import signal
+
 import faults
 import pytest
 
@@ -31,3 +33,12 @@ def test_a_full_disk(cli, expected):
 @pytest.mark.parametrize("victim, signal", [(0, 9), (1, 9), (1, 15)])
 def test_one_process_of_two(cli, tmp_path, victim, signal):
     faults.one_of_two(cli, tmp_path / "run", victim=victim, signal=signal)
+
+
+def test_sigterm_ends_a_job_that_has_nothing_to_save(cli, trained, tmp_path):
+    flags = (f"--workdir={trained}", f"--out={tmp_path}", "--w=0", "--per_label=100000")
+    jobs = faults.start_together(cli, 2, "sample", *flags)
+    faults.wait_for(jobs[0], lambda: "image" in jobs[0].err())  # the bar
+    for job in jobs:
+        job.kill(signal.SIGTERM)
+    assert [job.wait(20).status for job in jobs] == [-signal.SIGTERM] * 2

@@ -7,6 +7,7 @@ Sampling reads the EMA alone, onto whatever devices there are.
 import contextlib
 import functools
 import json
+import re
 import sys
 import time
 
@@ -46,9 +47,10 @@ def read_config(workdir: str) -> dict | None:
 
 
 def has_checkpoint(workdir: str) -> bool:
-    """Whether a run has saved anything yet."""
-    folder = epath.Path(workdir) / "checkpoints"
-    return folder.exists() and any(child.name.isdigit() for child in folder.iterdir())
+    """Whether a run has saved anything yet, to the end: in a bucket the folder of a step is there
+    from the first byte on.
+    """
+    return bool(ocp.utils.checkpoint_steps(epath.Path(workdir) / "checkpoints"))
 
 
 @functools.cache
@@ -65,11 +67,36 @@ def _hush_stragglers() -> None:
     sys.unraisablehook = hook
 
 
+# What became of reading a checkpoint, the worst first.
+_NOT_NOW, _DAMAGED, _READ = range(3)
+
+# With these TensorStore begins what it says of data that are missing or corrupt. It raises a
+# ValueError for every status, PERMISSION_DENIED and UNAVAILABLE too, and names none for bytes that
+# make no sense.
+_DAMAGE = (None, "NOT_FOUND", "DATA_LOSS", "OUT_OF_RANGE", "FAILED_PRECONDITION")
+
+
+def _root(error: BaseException) -> BaseException:
+    """Orbax raises a bare Exception from what TensorStore says of an array."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _is_damage(error: BaseException) -> bool:
+    """Whether data are missing or corrupt, rather than out of reach, or too large, for now."""
+    status = re.match(r"([A-Z]+(?:_[A-Z]+)*): ", str(error))
+    missing = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
+    return isinstance(error, (ValueError, KeyError, EOFError, *missing)) and (
+        (status and status[1]) in _DAMAGE
+    )
+
+
 class Checkpoints:
     """The checkpoints of one run; the newest `keep` of them are kept.
 
-    One that cannot be read (a disk that was full, a file cut short) is said, and the one before it
-    is taken; a run that goes on then moves it to `unreadable/`, a reader leaves it.
+    One that is damaged (a disk that was full, a file cut short) is said, and the one before it is
+    taken; a run that goes on then moves it to `unreadable/`, a reader leaves it.
     """
 
     def __init__(self, workdir: str, *, keep: int = 2, read_only: bool = False):
@@ -110,24 +137,35 @@ class Checkpoints:
             raise NotSaved(f"{self._workdir} could not be written to: {reason}") from error
 
     def restore(self, **wanted):
-        """(step, {item: tree}) of the newest readable checkpoint, or None where there is none at
-        all.
+        """(step, {item: tree}) of the newest checkpoint that is whole, or None where there is none
+        at all.
 
         `wanted` names the items, state and ema or one of them, as pytrees of jax.ShapeDtypeStruct
         with the shardings wanted; another number of devices than at the time of saving is fine.
-        Raises UsageError where there are checkpoints and none can be read.
+        Raises UsageError where there are checkpoints and none can be read, and where the newest
+        that may be whole is out of reach: a right or a connection that is missing, too little
+        memory.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         items = {name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()}
         damaged, reason = [], ""
         for step in steps:
+            outcome, reason = _READ, "another process could not"
             try:
                 found = self._manager.restore(step, args=ocp.args.Composite(**items))
-            except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
-                found, reason = None, (str(error).splitlines() or [type(error).__name__])[0][:120]
-            if meshes.all_agree(found is not None):
+            except Exception as error:  # Orbax and TensorStore raise many kinds
+                root = _root(error)
+                outcome = _DAMAGED if _is_damage(root) else _NOT_NOW
+                reason = (str(root).splitlines() or [type(root).__name__])[0][:120]
+            outcome = meshes.least(outcome)
+            if outcome == _READ:
                 self._leave_behind(damaged)
                 return step, {name: found[name] for name in wanted}
+            if outcome == _NOT_NOW:
+                raise UsageError(
+                    f"checkpoint {step} in {self._workdir} could not be read now ({reason}): it is "
+                    "left as it is; start again once it can be."
+                )
             damaged.append(step)
             runlog.say(f"checkpoint {step} in {self._workdir} cannot be read ({reason})")
         if steps:

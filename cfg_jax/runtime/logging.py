@@ -47,6 +47,33 @@ def _lines_up_to(path: epath.Path, step: int) -> list[str]:
     return kept
 
 
+class _Lines:
+    """A file that begins with the lines `kept`, and holds each line added at once."""
+
+    def __init__(self, path: epath.Path, kept: list[str]):
+        self._path, self._kept = path, kept
+        self._rewrite()
+        # A bucket's objects are written whole: opening one to append to it would empty it.
+        self._file = None if "://" in str(path) else path.open("a")
+
+    def _rewrite(self) -> None:
+        beside = self._path.with_name(f"{self._path.name}.tmp")
+        beside.write_text("".join(f"{line}\n" for line in self._kept))
+        beside.replace(self._path)
+
+    def add(self, line: str) -> None:
+        if self._file is None:
+            self._kept.append(line)
+            self._rewrite()
+        else:
+            self._file.write(f"{line}\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
 class RunLog:
     """The log of one training run, written by process 0; on the others every method does nothing.
 
@@ -65,10 +92,7 @@ class RunLog:
         root = epath.Path(workdir)
         root.mkdir(parents=True, exist_ok=True)
         path = root / "metrics.jsonl"
-        beside = path.with_name("metrics.jsonl.tmp")
-        beside.write_text("".join(f"{line}\n" for line in _lines_up_to(path, start)))
-        beside.replace(path)
-        self._lines = path.open("a")
+        self._lines = _Lines(path, _lines_up_to(path, start))
         self._events = SummaryWriter(str(root / "tensorboard"), purge_step=start + 1)
         self._wandb = wandb_run.WandbRun(wandb, workdir, config) if wandb else None
         self._bar = progress_bar(steps, "step", initial=start)
@@ -82,8 +106,7 @@ class RunLog:
         """Writes the values of a step, and shows them on the bar."""
         if not self._active:
             return
-        self._lines.write(json.dumps({"step": step, **values}) + "\n")
-        self._lines.flush()
+        self._lines.add(json.dumps({"step": step, **values}))
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
         if self._wandb:

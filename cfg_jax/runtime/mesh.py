@@ -3,6 +3,8 @@ where.
 """
 
 import os
+import signal
+import threading
 from collections.abc import Sequence
 
 import jax
@@ -34,7 +36,7 @@ def _has_tpu(pci: str = "/sys/bus/pci/devices") -> bool:
     )
 
 
-def initialize_distributed(requested: bool) -> None:
+def initialize_distributed(requested: bool, *, saves: bool = False) -> None:
     """Joins the other processes of a run, on a cluster that is detected or where it was requested.
 
     An explicit cluster is named by JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and
@@ -42,7 +44,8 @@ def initialize_distributed(requested: bool) -> None:
     metadata name the pod's hosts, and Kubernetes' TPU_WORKER_HOSTNAMES are detected. Must be called
     before the first device is touched. Waits up to five minutes for the others; a process that dies
     later ends them all, at once where they exchange gradients, and after JAX's heartbeat time-out
-    of 100 s at the latest. Raises UsageError where no cluster can be joined.
+    of 100 s at the latest. SIGTERM ends a process, but for a job that `saves` first: there JAX's
+    preemption service hears it, and the job asks. Raises UsageError where no cluster can be joined.
     """
     env = os.environ
     wants_tpu = "tpu" in env.get("JAX_PLATFORMS", "tpu") and "TPU_SKIP_MDS_QUERY" not in env
@@ -70,6 +73,9 @@ def initialize_distributed(requested: bool) -> None:
             f"could not join a cluster ({str(error).splitlines()[0]}): leave --distributed out on "
             "one machine, or set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID."
         ) from error
+    # The service has taken the signal for itself, for good; only the main thread may take it back.
+    if not saves and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def lost_another(error: Exception) -> bool:
