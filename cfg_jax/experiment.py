@@ -163,7 +163,7 @@ def check_pair(guided: Guidance, sampler: Sampler) -> None:
         raise UsageError(
             f"guidance 'cfg_plus_plus' with sampler {type(sampler).__name__}: the rule re-adds "
             "another noise than its x leaves of z, and this sampler takes that one; DDIM takes the "
-            f"eps that it is told. sample.sampler.name can be: {', '.join(able) or 'none here'}."
+            f"eps that it is told. sample.sampler.name can be: {', '.join(able)}."
         )
 
 

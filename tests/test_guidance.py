@@ -492,12 +492,11 @@ def test_a_rule_that_cannot_be_is_one_line(section, told):
     assert "\n" not in str(error.value)
 
 
-def test_cfg_plus_plus_is_taken_by_a_sampler_that_uses_the_eps_it_is_told(monkeypatch):
-    able = type("Able", (samplers.Ancestral,), {"needs_pair": False})
-    monkeypatch.setitem(samplers.SAMPLERS, "able", able)
-    built = experiment.build(config({"name": "cfg_plus_plus"}, {"name": "able"}))
-    assert isinstance(built.guidance(-0.5), directions.PlusPlus)
-    with pytest.raises(UsageError, match="able"):
+def test_cfg_plus_plus_is_taken_by_a_sampler_that_uses_the_eps_it_is_told():
+    built = experiment.build(config({"name": "cfg_plus_plus"}, {"name": "ddim"}))
+    assert built.guidance(-0.5) == directions.PlusPlus(-0.5)
+    assert built.sampler == samplers.DDIM()
+    with pytest.raises(UsageError, match="can be: ddim\\."):
         experiment.check_pair(directions.PlusPlus(-0.5), samplers.Ancestral())
 
 

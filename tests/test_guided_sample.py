@@ -5,12 +5,22 @@ import json
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import cfg_jax
 from cfg_jax import experiment, generator, request, stored
-from cfg_jax.diffusion import corrections, directions, guidance, strengths
+from cfg_jax.data import images
+from cfg_jax.diffusion import (
+    corrections,
+    denoiser,
+    directions,
+    guidance,
+    logsnr,
+    samplers,
+    strengths,
+)
 from cfg_jax.models import weights
 from cfg_jax.types import UsageError
 
@@ -125,6 +135,34 @@ def test_a_weaker_model_is_another_network_with_its_own_parameters(model, sample
     assert near(guided(LABELS, -1.0), alone(LABELS, 0.0))
     assert near(guided(LABELS, 0.0), sampler(LABELS, 0.0))
     assert not near(guided(LABELS, 1.0), sampler(LABELS, 1.0))
+
+
+def test_cfg_plus_plus_through_ddim_adds_the_noise_of_the_unconditional_again(model):
+    """The chain of the config, clipping included, is DDIM of the two networks written out."""
+    built, params = model
+    sample = {"guidance": {"name": "cfg_plus_plus"}, "sampler": {"name": "ddim"}}
+    asked = experiment.build({**built.config, "sample": {**built.config["sample"], **sample}})
+    w, rows = -0.4, np.arange(16)
+    made = generator.Generator(asked, {"model": params})(LABELS, w)
+
+    @jax.jit
+    def says(label, z, lam):
+        return denoiser.denoiser(built.network, params, {"label": label})(z, lam)
+
+    bound = jnp.array(LABELS), jnp.full(16, built.null_label)
+
+    def by_hand(noise_of):
+        lams = request.levels(built)
+        z = samplers.seeded_noise(generator.keys(0, rows), built.dataset.image_shape)(0)
+        for lam, after in zip(lams, [*lams[1:], None]):
+            both = [says(label, z, lam) for label in bound]
+            x = jnp.clip((1 + w) * both[0].x - w * both[1].x, -1, 1)
+            if after is None:
+                return np.asarray(images.to_uint8(x))
+            z = logsnr.alpha(after) * x + logsnr.sigma(after) * both[noise_of].eps
+
+    assert near(made, by_hand(noise_of=1))
+    assert not near(made, by_hand(noise_of=0)), "the conditional one's noise is another chain"
 
 
 def test_what_cannot_be_guided_is_refused(model):

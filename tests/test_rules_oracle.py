@@ -6,7 +6,6 @@ recursion. The formulas are written again here, in float64 NumPy.
 """
 
 import functools
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +17,11 @@ from cfg_jax.diffusion import (
     corrections,
     directions,
     guidance,
-    logsnr,
     mixture,
     samplers,
     schedules,
     strengths,
 )
-from cfg_jax.types import Path
 
 FREE = guidance.ClassifierFree
 
@@ -245,27 +242,11 @@ def test_a_rule_on_a_mixture_follows_its_reverse_equation(name):
 # CFG++
 
 
-class Ddim:
-    """Deterministic DDIM (Song et al., 2021), which re-adds the eps that it is told."""
-
-    needs_pair: ClassVar[bool] = False
-
-    def __call__(self, denoiser, noise, lams):
-        def step(z, level):
-            lam, after = level
-            x, eps = denoiser(z, lam)
-            return logsnr.diffuse(x, eps, after), x
-
-        z, xs = jax.lax.scan(step, noise(0), (lams[:-1], lams[1:]))
-        x = denoiser(z, lams[-1]).x
-        return Path(x, jnp.concatenate([xs, x[None]]))
-
-
 @jax.jit
 def plus_plus_chain(w, lams):
     rule = directions.PlusPlus(w)
     guided = rule(gaussian(*CONDITIONAL), gaussian(*UNCONDITIONAL))
-    return Ddim()(guided, oracle.impulses(lams), lams).x
+    return samplers.DDIM()(guided, oracle.impulses(lams), lams).x
 
 
 def plus_plus_moments(w, lams):
