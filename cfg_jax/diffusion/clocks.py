@@ -9,6 +9,7 @@ another spread is divided by how much wider these are.
 
 import jax.numpy as jnp
 
+from cfg_jax.diffusion import schedules
 from cfg_jax.types import Array, UsageError
 
 
@@ -52,28 +53,9 @@ def interval_of_steps(first: int, last: int, lams: Array) -> tuple[float, float]
     )
 
 
-def _lams_of_betas(betas: Array) -> Array:
-    """log(a / (1 - a)) for a = prod(1 - beta), the alpha-bar of Ho et al. (2020)."""
-    log_a = jnp.cumsum(jnp.log1p(-betas))
-    return log_a - jnp.log(-jnp.expm1(log_a))
+def timesteps(betas: str) -> Array:
+    """lam [T], decreasing, of the timesteps 0 to T - 1 of a chain of these `schedules.BETAS`."""
+    return jnp.asarray(schedules.Discrete(betas).levels())
 
 
-def linear_betas(steps: int = 1000) -> Array:
-    """lam [T] of timesteps 0 to T - 1 of Ho et al. (2020): betas linear, as in ADM above 64x64."""
-    scale = 1000 / steps
-    return _lams_of_betas(jnp.linspace(1e-4 * scale, 0.02 * scale, steps))
-
-
-def scaled_linear_betas(steps: int = 1000) -> Array:
-    """lam [T] of the timesteps of Stable Diffusion: sqrt(beta) linear (Rombach et al., 2022)."""
-    return _lams_of_betas(jnp.linspace(0.00085**0.5, 0.012**0.5, steps) ** 2)
-
-
-def cosine_betas(steps: int = 1000) -> Array:
-    """lam [T] of the timesteps of Nichol & Dhariwal (2021), ADM's at 64x64: betas at most 0.999."""
-    u = jnp.arange(steps + 1) / steps
-    alpha_bar = jnp.cos((u + 0.008) / 1.008 * (0.5 * jnp.pi)) ** 2
-    return _lams_of_betas(jnp.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999))
-
-
-TIMESTEPS = {"linear": linear_betas, "scaled_linear": scaled_linear_betas, "cosine": cosine_betas}
+TIMESTEPS = {betas: lambda betas=betas: timesteps(betas) for betas in schedules.BETAS}

@@ -96,6 +96,12 @@ def _linear_beta(t: int) -> float:
     return 1e-4 + (0.02 - 1e-4) * t / (_DISCRETE_STEPS - 1)
 
 
+def _scaled_linear_beta(t: int) -> float:
+    """Stable Diffusion's (Rombach et al., 2022): sqrt(beta) is linear."""
+    low, high = 0.00085**0.5, 0.012**0.5
+    return (low + (high - low) * t / (_DISCRETE_STEPS - 1)) ** 2
+
+
 def _cosine_beta(t: int) -> float:
     """Nichol & Dhariwal (2021), eq. (17), and the clipping below it."""
 
@@ -105,7 +111,7 @@ def _cosine_beta(t: int) -> float:
     return min(1 - share(t + 1) / share(t), 0.999)
 
 
-BETAS = {"linear": _linear_beta, "cosine": _cosine_beta}
+BETAS = {"linear": _linear_beta, "scaled_linear": _scaled_linear_beta, "cosine": _cosine_beta}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +123,7 @@ class Discrete:
     Raises UsageError for betas that are not known.
     """
 
-    betas: str = "linear"  # or "cosine"
+    betas: str = "linear"  # of BETAS
 
     def __post_init__(self):
         if self.betas not in BETAS:
