@@ -10,13 +10,13 @@ costs two, and Heun asks twice a level.
 """
 
 import argparse
+import bisect
 import itertools
 
-import jax.numpy as jnp
 import numpy as np
 from matplotlib import figure
 
-from cfg_jax import experiment, features, generator, panel, reference, stored, sweep
+from cfg_jax import experiment, features, generator, panel, reference, request, stored, sweep
 from cfg_jax.runtime import logging as runlog
 from cfg_jax.runtime import mesh as meshes
 
@@ -31,16 +31,23 @@ SAMPLERS = {
 }
 
 
-def with_budget(config: dict, sampler: dict, grid: str, passes: int) -> experiment.Experiment:
-    """The experiment with as many levels as a number of calls of its denoiser pays for."""
+def cost(model: experiment.Experiment, w: float) -> int:
+    """Evaluations of the network an image."""
+    return sum(request.evaluations(model, None, w))
+
+
+def with_budget(
+    config: dict, sampler: dict, grid: str, w: float, budget: int
+) -> experiment.Experiment:
+    """The experiment with as many levels as a number of evaluations pays for."""
 
     def build(steps: int) -> experiment.Experiment:
         sample = {**config["sample"], "sampler": sampler, "grid": grid, "steps": steps}
         return experiment.build({**config, "sample": sample})
 
-    ask = build(2).sampler
-    costs = [len(ask.levels(jnp.linspace(-1, 1, T))) for T in range(1, passes + 1)]
-    return build(sum(cost <= passes for cost in costs))
+    # A level costs one at least, and more levels cost more.
+    steps = bisect.bisect(range(1, budget + 1), budget, key=lambda T: cost(build(T), w))
+    return build(steps)
 
 
 def main() -> None:
@@ -64,7 +71,6 @@ def main() -> None:
     held_out = judges.held_out(model.dataset)
     _, params = stored.load_ema(options.workdir, model)
     labels = sweep.balanced_labels(options.images, model.dataset.num_classes)
-    each = 1 if options.w == 0 else 2  # passes of the network for one of the denoiser
 
     found = {}
     print(
@@ -72,14 +78,14 @@ def main() -> None:
     )
     for done, grid in enumerate(grids, start=1):
         for (name, sampler), budget in itertools.product(SAMPLERS.items(), budgets):
-            some = with_budget(config, sampler, grid, budget // each)
+            some = with_budget(config, sampler, grid, options.w, budget)
             images = generator.Generator(some, {"model": params}, mesh=mesh)(labels, options.w)
             scored = judges.score([look(images)], labels)
-            cost = each * len(some.sampler.levels(some.lams()))
+            spent = cost(some, options.w)
             fd, of_is = (scored[key].summary() for key in ("fd_judge", "is_judge"))
-            found.setdefault((grid, name), []).append((cost, fd["value"], of_is["value"]))
+            found.setdefault((grid, name), []).append((spent, fd["value"], of_is["value"]))
             print(
-                f"| {grid} | {name} | {some.sample.steps} | {cost} | {fd['value']:.3f} ± "
+                f"| {grid} | {name} | {some.sample.steps} | {spent} | {fd['value']:.3f} ± "
                 f"{fd['error']:.3f} | {of_is['value']:.3f} ± {of_is['error']:.3f} |",
                 flush=True,
             )
@@ -95,10 +101,10 @@ def draw(found: dict, grids: list[str], held_out: dict | None, options) -> None:
     page = figure.Figure(figsize=(5.2 * len(grids), 7.5), layout="constrained")
     axes = page.subplots(2, len(grids), sharex=True, sharey="row", squeeze=False)
     for (grid, name), points in found.items():
-        cost, *values = np.array(points).T
+        spent, *values = np.array(points).T
         for axis, value in zip(axes[:, grids.index(grid)], values, strict=True):
             style = "--" if "eta = 1" in name or "ancestral" in name else "-"
-            axis.plot(cost, value, style, marker="o", markersize=4, label=name)
+            axis.plot(spent, value, style, marker="o", markersize=4, label=name)
     for row, (score, title) in enumerate((("fd_judge", "distance"), ("is_judge", "score"))):
         for axis, grid in zip(axes[row], grids, strict=True):
             if held_out:

@@ -118,7 +118,6 @@ def score(
     features, logits = seen["features"], seen["logits"]
     many = labels is not None and np.unique(labels, return_counts=True)[1].min() >= LEAST_STRATUM
     strata = labels if many else None
-    how = {"strata": strata, "resample": resample}
     out = {"fd": Score(frechet.distance(frechet.moments(features), reference.moments))}
     if resample and features.shape[1] <= WIDEST:
         again = frechet.resampled(
@@ -135,20 +134,24 @@ def score(
         again = inception_score.resampled(logits, replicates=replicates, strata=strata)
     out["is"] = Score(inception_score.inception_score(logits).mean, again)
     on = precision_recall.inside(features, reference.features, k=K)
-    out["precision"] = _mean(on.generated, **how)
-    out["recall"] = _mean(on.real, resample=resample)
+    drawn = _drawn(len(features), strata) if resample else None
+    out["precision"] = _mean(on.generated, drawn)
+    out["recall"] = _mean(on.real, _drawn(len(on.real)) if resample else None)
     if min(len(features), len(reference.features)) >= LEAST_KID:
         of_kid = kid.kid(features, reference.features)
         out["kid"] = Score(of_kid.value, error=of_kid.error)
-    out["nn"] = _mean(neighbours.nearest(features, reference.features), **how)
+    out["nn"] = _mean(neighbours.nearest(features, reference.features), drawn)
     if knows_labels:
-        out["accuracy"] = _mean(logits.argmax(1) == labels, **how)
+        out["accuracy"] = _mean(logits.argmax(1) == labels, drawn)
     return out
 
 
-def _mean(values: np.ndarray, strata: np.ndarray | None = None, resample: bool = True) -> Score:
-    values = np.asarray(values, np.float64)
-    again = None
-    if resample:
-        again = bootstrap.resampled_mean(values, replicates=REPLICATES, strata=strata)
-    return Score(float(values.mean()), again)
+def _drawn(count: int, strata: np.ndarray | None = None) -> np.ndarray:
+    """The resamples of means [R, count]; of as many images, the same."""
+    return bootstrap.resamples(count, replicates=REPLICATES, seed=0, strata=strata)
+
+
+def _mean(values: np.ndarray, drawn: np.ndarray | None) -> Score:
+    """The mean of values [N], and on the resamples `drawn` [R, N]."""
+    again = None if drawn is None else bootstrap.means(values, drawn)
+    return Score(float(np.mean(values, dtype=np.float64)), again)

@@ -31,11 +31,15 @@ def resamples(count: int, *, replicates: int, seed: int, strata=None) -> np.ndar
     return drawn
 
 
+def means(values, drawn: np.ndarray) -> np.ndarray:
+    """The mean of values [N], one an image, on each of the resamples [R, N]: [R]."""
+    values = np.asarray(values, np.float64)
+    return drawn @ values / len(values)
+
+
 def resampled_mean(values, *, replicates: int = 1000, seed: int = 0, strata=None) -> np.ndarray:
     """The mean of values [N], one an image, on each resample: [R]."""
-    values = np.asarray(values, np.float64)
-    drawn = resamples(len(values), replicates=replicates, seed=seed, strata=strata)
-    return drawn @ values / len(values)
+    return means(values, resamples(len(values), replicates=replicates, seed=seed, strata=strata))
 
 
 def interval(estimate: float, resampled, *, level: float = 0.95) -> tuple[float, float]:
