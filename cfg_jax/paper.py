@@ -9,6 +9,8 @@ TABLES = {"imagenet64": "1_imagenet64", "imagenet128": "2_imagenet128"}
 
 
 class Row(NamedTuple):
+    """What a table says at one w."""
+
     w: float
     fid: float
     inception_score: float

@@ -63,14 +63,17 @@ class Point:
 
     @property
     def rule(self) -> str:
+        """The name of the guidance rule."""
         return self.sampled.model.sample.guidance["name"]
 
     @property
     def title(self) -> str:
+        """The rule and w, as progress bars and logs call the point."""
         return f"{self.rule} {sample.name_w(self.w)}"
 
     @property
     def evaluations(self) -> request.Evaluations:
+        """Network evaluations an image."""
         return request.evaluations(self.sampled.model, self.sampled.guide, self.w)
 
     def look(

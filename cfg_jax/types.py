@@ -79,7 +79,26 @@ class LogProb(Protocol):
 
 
 class Guidance(Protocol):
-    """Denoisers (or a denoiser and a LogProb) -> a denoiser."""
+    """Denoisers (or a denoiser and a LogProb) -> a denoiser; and what the jobs ask of a rule."""
+
+    @property
+    def second(self) -> str | None:
+        """What its second argument is: "reference", a denoiser in place of the unconditional one;
+        "classifier", a LogProb; or None, it is not called.
+        """
+
+    @property
+    def keeps_pair(self) -> bool:
+        """Whether what it says satisfies z = alpha x + sigma eps, as its arguments do."""
+
+    @property
+    def w(self) -> float | Array:
+        """Its strength: a number, or one an image [B]."""
+
+    def passes(self, lams: Array) -> tuple[int, int]:
+        """How often a chain that asks it at each of lams [T] runs its first argument, and its
+        second, where w is one number.
+        """
 
     def __call__(self, first: Denoiser, second: Denoiser | LogProb, /) -> Denoiser: ...
 

@@ -60,6 +60,7 @@ class Rescale:
             )
 
     def passes(self, lams: Array) -> tuple[int, int]:
+        """As `Guidance.passes`: the first one always."""
         return len(lams), self.rule.passes(lams)[1]
 
     def __call__(self, first: Denoiser, second: Denoiser | LogProb, /) -> Denoiser:
@@ -99,6 +100,7 @@ class DynamicThreshold:
             )
 
     def passes(self, lams: Array) -> tuple[int, int]:
+        """As `Guidance.passes`: those of the rule inside."""
         return self.rule.passes(lams)
 
     def __call__(self, first: Denoiser, second: Denoiser | LogProb, /) -> Denoiser:

@@ -66,6 +66,7 @@ class AdaptiveProjected:
             )
 
     def passes(self, lams: Array) -> tuple[int, int]:
+        """As `Guidance.passes`: w = 0 needs no second one."""
         return len(lams), runs(self.w, 0, lams)
 
     def __call__(self, conditional: Denoiser, reference: Denoiser, /) -> Denoiser:
@@ -113,6 +114,7 @@ class ZeroStar:
     w: float | Array = 0.0
 
     def passes(self, lams: Array) -> tuple[int, int]:
+        """As `Guidance.passes`: w = 0 needs no second one."""
         return len(lams), runs(self.w, 0, lams)
 
     def __call__(self, conditional: Denoiser, reference: Denoiser, /) -> Denoiser:
@@ -162,6 +164,7 @@ class PlusPlus:
             )
 
     def passes(self, lams: Array) -> tuple[int, int]:
+        """As `Guidance.passes`: w = -1 needs no first one."""
         return runs(self.w, -1, lams), len(lams)
 
     def __call__(self, conditional: Denoiser, reference: Denoiser, /) -> Denoiser:

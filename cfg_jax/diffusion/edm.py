@@ -68,6 +68,7 @@ class Euler:
         _check(self.churn, self.churn_noise)
 
     def levels(self, lams: Array) -> Array:
+        """As `Sampler.levels`: the chain's own, noisier where it churns."""
         return _churned(lams, self.churn, self.churn_low, self.churn_high)
 
     def __call__(self, denoiser: Denoiser, noise: Noise, lams: Array) -> Path:
@@ -114,6 +115,7 @@ class Heun:
         _check(self.churn, self.churn_noise)
 
     def levels(self, lams: Array) -> Array:
+        """As `Sampler.levels`, [2 T - 1]: each, noisier where it churns, and the next in turn."""
         here = _churned(lams, self.churn, self.churn_low, self.churn_high)
         return _in_turn(here, jnp.append(lams[1:], lams[-1]))
 

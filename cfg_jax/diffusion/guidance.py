@@ -6,14 +6,7 @@ given. So a label to move away from, a mixture of labels (`denoiser.mixed`), and
 A rule's numbers, w above all, are leaves of a pytree: one compiled program serves every value.
 
 Rules compose: one around a `rule` gives it its own arguments and changes what it says or when it is
-asked. Every rule also tells the jobs
-
-- `second`, what its second argument is: "reference", a denoiser in place of the unconditional one;
-  "classifier", a LogProb; or None, it is not called;
-- `keeps_pair`, whether what it says satisfies z = alpha x + sigma eps, as its arguments do;
-- `w`, its strength;
-- passes(lams) -> how often a chain that asks it at each of lams [T] runs its first argument, and
-  its second, where w is one number.
+asked. What every rule also tells the jobs is in `types.Guidance`.
 """
 
 import dataclasses
@@ -55,6 +48,7 @@ class ClassifierFree:
     w: float | Array = 0.0
 
     def passes(self, lams: Array) -> tuple[int, int]:
+        """As `Guidance.passes`: w = -1 needs no first one, w = 0 no second."""
         return directions.runs(self.w, -1, lams), directions.runs(self.w, 0, lams)
 
     def __call__(self, conditional: Denoiser, unconditional: Denoiser, /) -> Denoiser:
@@ -98,7 +92,7 @@ class ClassifierGuidance:
     w: float | Array = 0.0
 
     def passes(self, lams: Array) -> tuple[int, int]:
-        # The second is a pass and its gradient by z.
+        """As `Guidance.passes`; the second is a pass of the classifier and its gradient by z."""
         return len(lams), directions.runs(self.w, 0, lams)
 
     def __call__(self, denoiser: Denoiser, log_prob: LogProb, /) -> Denoiser:
@@ -138,6 +132,7 @@ class ScaledScore:
     w: float | Array = 0.0
 
     def passes(self, lams: Array) -> tuple[int, int]:
+        """As `Guidance.passes`: the second is not called."""
         return len(lams), 0
 
     def __call__(self, denoiser: Denoiser, unused: Denoiser | None = None, /) -> Denoiser:
@@ -174,6 +169,7 @@ class ScaledNoise:
             )
 
     def passes(self, lams: Array) -> tuple[int, int]:
+        """As `Guidance.passes`: the second is not called."""
         return len(lams), 0
 
     def __call__(self, denoiser: Denoiser, unused: Denoiser | None = None, /) -> Denoiser:
@@ -205,6 +201,7 @@ class Distilled:
     w: float | Array = 0.0
 
     def passes(self, lams: Array) -> tuple[int, int]:
+        """As `Guidance.passes`: the second is not called."""
         return len(lams), 0
 
     def __call__(self, denoiser: Denoiser, unused: Denoiser | None = None, /) -> Denoiser:

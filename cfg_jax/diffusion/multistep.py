@@ -59,6 +59,7 @@ class DPMSolver2M:
         check_eta(self.eta)
 
     def levels(self, lams: Array) -> Array:
+        """As `Sampler.levels`: the chain's own."""
         return lams
 
     def __call__(self, denoiser: Denoiser, noise: Noise, lams: Array) -> Path:
@@ -100,6 +101,7 @@ class UniPC:
     needs_pair: ClassVar[bool] = True
 
     def levels(self, lams: Array) -> Array:
+        """As `Sampler.levels`: the chain's own."""
         return lams
 
     def __call__(self, denoiser: Denoiser, noise: Noise, lams: Array) -> Path:

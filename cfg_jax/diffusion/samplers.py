@@ -106,6 +106,7 @@ class DDIM:
         multistep.check_eta(self.eta)
 
     def levels(self, lams: Array) -> Array:
+        """As `Sampler.levels`: the chain's own."""
         return lams
 
     def __call__(self, denoiser: Denoiser, noise: Noise, lams: Array) -> Path:

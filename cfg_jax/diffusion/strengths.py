@@ -64,6 +64,7 @@ class Interval:
         return (lam >= self.low) & (lam < self.high)
 
     def passes(self, lams: Array) -> tuple[int, int]:
+        """As `Guidance.passes`: outside the interval the first one alone."""
         inside = self.contains(lams)
         first, second = self.rule.passes(lams[inside])
         return first + int(jnp.sum(~inside)), second
@@ -119,6 +120,7 @@ class Scheduled:
             )
 
     def passes(self, lams: Array) -> tuple[int, int]:
+        """As `Guidance.passes`, by the strength at each level."""
         each = [self._at(lam).passes(lam[None]) for lam in lams]
         return sum(first for first, _ in each), sum(second for _, second in each)
 

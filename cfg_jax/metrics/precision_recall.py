@@ -16,6 +16,8 @@ from cfg_jax.types import UsageError
 
 
 class PrecisionRecall(NamedTuple):
+    """Shares in [0, 1]: of generated images that look real, of real ones that are covered."""
+
     precision: float
     recall: float
 
