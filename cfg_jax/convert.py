@@ -104,6 +104,7 @@ def _define_flags() -> None:
 
 
 def main(config: dict[str, Any]) -> None:
+    """Converts what the flags name."""
     # Nothing is computed: an accelerator is left to the run that may be using it.
     jax.config.update("jax_platforms", "cpu")
     convert(config, FLAGS.checkpoint, FLAGS.workdir)
