@@ -243,8 +243,8 @@ def largest_batch(
     A peak is None where the compiler refused: that bounds the search, and what it asked for is no
     point of the line. Memory grows nearly linearly with the batch: a second point is taken at twice
     the first, the line through the two nearest gives the next, and where there is none, or it leads
-    out of the bracket, the bracket is halved. What is returned as fitting was compiled. At most
-    `tries` calls of peak(batch).
+    out of the bracket, the bracket is halved; a quarter is next where nothing fits yet. What is
+    returned as fitting was compiled. At most `tries` calls of peak(batch).
     """
     seen = dict(seen)
     for _ in range(tries):
@@ -260,7 +260,7 @@ def largest_batch(
             guess = int(b0 + (capacity - p0) / slope) if slope > 0 else 2 * max(b0, b1)
         guess = max(guess, fit + 1)
         if full is not None and (len(known) < 2 or guess >= full):
-            guess = (fit + full) // 2
+            guess = (fit + full) // 2 if fit else max(full // 4, 1)
         if guess < 1 or guess in seen:
             break
         seen[guess] = peak(guess)

@@ -248,11 +248,11 @@ def test_what_does_not_fit_is_told_and_the_search_finds_what_does(cli, tmp_path)
         "--config.model.channel_mult=(1,)",
         "--config.model.num_res_blocks=1",
         "--config.model.attention_resolutions=()",
-        "--config.train.batch_size=4096",
+        "--config.train.batch_size=1024",
         "--nosampler",
-        "--search=4",
+        "--search=3",
     )
     report, told = report_of(cli, tmp_path, *flags)
     assert report["step"]["memory"]["fits"] is False and "DOES NOT FIT" in told
     assert report["run"] is None
-    assert 8 <= report["search"]["largest_batch_a_chip"] < 4096
+    assert 8 <= report["search"]["largest_batch_a_chip"] < 1024
