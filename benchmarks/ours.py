@@ -218,6 +218,7 @@ def _flat(prefix: str, tree) -> dict[str, np.ndarray]:
 
 
 def main() -> None:
+    """Serves one side of a comparison to `turns.Worker`, until its input ends."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--config", required=True)
     parser.add_argument("--task", choices=("train", "sample"), required=True)

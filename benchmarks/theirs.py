@@ -25,10 +25,12 @@ def nchw(images: np.ndarray) -> torch.Tensor:
 
 
 def sinusoid_input(lam: torch.Tensor) -> torch.Tensor:
+    """What the sinusoid is told of lambda [B]: 1000 arctan(e^(-lambda / 2)) / (pi / 2)."""
     return 1000 * torch.arctan(torch.exp(-0.5 * lam.clamp(-20, 20))) / (0.5 * math.pi)
 
 
 def cosine_lambda(u: torch.Tensor, lambda_min: float, lambda_max: float) -> torch.Tensor:
+    """u in [0, 1] -> lambda = -2 log tan(a u + b), section 2 of the paper."""
     b = math.atan(math.exp(-0.5 * lambda_max))
     a = math.atan(math.exp(-0.5 * lambda_min)) - b
     return -2 * torch.log(torch.tan(a * u.double() + b)).float()
@@ -202,6 +204,7 @@ class Theirs:
         return 2 * 9 * size * side**2 * width**2 / best
 
     def versions(self) -> dict:
+        """{"torch": its version}."""
         return {"torch": torch.__version__}
 
 
@@ -213,6 +216,7 @@ def _errors(ours: np.ndarray, theirs: np.ndarray) -> list[float]:
 
 
 def main() -> None:
+    """Serves one side of a comparison to `turns.Worker`, until its input ends."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--task", choices=("train", "sample"), required=True)
     parser.add_argument("--folder", required=True)

@@ -66,6 +66,7 @@ class Worker:
         return (int(stat[11]) + int(stat[12])) / os.sysconf("SC_CLK_TCK")
 
     def close(self) -> None:
+        """Ends its input, which ends the process, and waits for that."""
         self._process.stdin.close()
         self._process.wait()
 

@@ -207,6 +207,10 @@ def load(
     `guidance="classifier"` or a model whose config guides by one; `weak` a weaker model of the same
     images, which is then the reference to guide by. Raises UsageError where there is no model at a
     path, or the two do not go together.
+
+    `load` changes the process, as the jobs do: jax gets up to one CPU device a core, unless it has
+    started or their number was chosen; and where there is nothing but a CPU, on Linux with glibc,
+    the C library's allocator keeps what is freed, so that the process never shrinks again.
     """
     if classifier and weak:
         raise UsageError("classifier and weak: one of them guides, not both.")

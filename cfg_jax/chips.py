@@ -64,6 +64,7 @@ class Slice:
 
     @property
     def hosts(self) -> int:
+        """How many machines the devices are attached to."""
         return len({device.process_index for device in self.devices})
 
     @property
@@ -144,10 +145,12 @@ class Bound:
 
     @property
     def seconds(self) -> float:
+        """Those of the slowest of the three, as if the others were hidden behind it."""
         return max(self.compute, self.memory, self.network)
 
     @property
     def limited_by(self) -> str:
+        """Which of the three is the slowest: "compute", "memory" or "network"."""
         times: Mapping[str, float] = dataclasses.asdict(self)
         return max(times, key=times.get)
 

@@ -53,11 +53,15 @@ PUBLISHED = {
     "128x128_diffusion.pt": _unet(
         *(128, "linear"), channels=256, num_heads=4, head_order="legacy", dropout=0.0, **_128
     ),
+    "256x256_diffusion.pt": _unet(
+        *(256, "linear"), channels=256, head_order="legacy", dropout=0.0, **_256
+    ),
     "256x256_diffusion_uncond.pt": _unet(
         *(256, "linear"), labels=False, channels=256, head_order="legacy", dropout=0.0, **_256
     ),
     "64x64_classifier.pt": _classifier(64, "cosine", num_res_blocks=4, **_64),
     "128x128_classifier.pt": _classifier(128, "linear", head_channels=64, **_128),
+    "256x256_classifier.pt": _classifier(256, "linear", **_256),
 }
 
 
@@ -100,6 +104,7 @@ def _define_flags() -> None:
 
 
 def main(config: dict[str, Any]) -> None:
+    """Converts what the flags name."""
     # Nothing is computed: an accelerator is left to the run that may be using it.
     jax.config.update("jax_platforms", "cpu")
     convert(config, FLAGS.checkpoint, FLAGS.workdir)

@@ -73,6 +73,8 @@ def arrays(shape: str) -> tuple[Array, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
+    """One line of a computation: `name = shape opcode(operands), attributes`."""
+
     name: str
     shape: str
     opcode: str
@@ -82,6 +84,7 @@ class Instruction:
 
     @property
     def result(self) -> tuple[Array, ...]:
+        """The arrays that it gives: one, or those of a tuple in their order."""
         return arrays(self.shape)
 
     def attribute(self, name: str) -> str | None:
@@ -91,6 +94,7 @@ class Instruction:
 
     @functools.cached_property
     def callees(self) -> tuple[str, ...]:
+        """The names of the computations that it runs: of a fusion, a loop's body, a branch."""
         found = []
         for one, several in _CALLEES.findall(self.attributes):
             found += [one] if one else [s.strip().lstrip("%") for s in several.split(",")]

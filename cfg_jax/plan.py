@@ -107,14 +107,17 @@ def search(
     parts = config["train"]["accumulate"]  # a batch a chip is a multiple of them
     reports = {config["train"]["batch_size"] // devices // parts: step}
 
-    def peak(multiple: int) -> float:
+    def peak_of(report: programs.Report) -> float | None:
+        return None if report.memory.refused else report.memory.peak
+
+    def peak(multiple: int) -> float | None:
         batch = multiple * parts
         runlog.say(f"compiling for {batch} images a chip")
         model = experiment.build(changed(config, "train.batch_size", batch * devices))
         reports[multiple] = compiler.training_step(model)
-        return reports[multiple].memory.peak
+        return peak_of(reports[multiple])
 
-    first = {multiple: report.memory.peak for multiple, report in reports.items()}
+    first = {multiple: peak_of(report) for multiple, report in reports.items()}
     programs.largest_batch(peak, first, compiler.target.capacity, tries)
     fits = [multiple * parts for multiple, report in reports.items() if report.memory.fits]
     return {

@@ -56,6 +56,10 @@ def _size(size: float | None) -> str:
     return f"{size / chips.GIB:.2f} GiB" if size >= chips.GIB / 10 else f"{size / 2**20:.3g} MiB"
 
 
+def _peak(memory: Mapping[str, Any]) -> str:
+    return ("asked for " if memory["refused"] else "") + _size(memory["peak"])
+
+
 def _fits(memory: Mapping[str, Any]) -> str:
     return {None: "", True: ": fits", False: ": DOES NOT FIT"}[memory["fits"]]
 
@@ -66,7 +70,7 @@ def describe_program(program: Mapping[str, Any]) -> list[str]:
     room = f" of {_size(memory['capacity'])}" if memory["capacity"] else ""
     lines = [
         f"  compiled in   {program['wall_seconds']:.0f} s ({program['cpu_seconds']:.0f} s of CPU)",
-        f"  memory        {_size(memory['peak'])}{room} a device{_fits(memory)}",
+        f"  memory        {_peak(memory)}{room} a device{_fits(memory)}",
     ]
     if program["flops"] is None:
         return lines
@@ -106,7 +110,7 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
         lines.append(
             (
                 name,
-                _size(r["memory"]["peak"]),
+                _peak(r["memory"]),
                 _size(r["memory"]["temporaries"]),
                 f"{r['flops_ratio']:.3f}" if made else "-",
                 _size(r["moved"]["padded_bytes"]) if made else "-",

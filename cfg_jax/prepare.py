@@ -45,6 +45,7 @@ with epy.lazy_imports():  # the workers, which import this file too, need neithe
 
 
 def main() -> None:
+    """Prepares the data set that the flags name."""
     # Nothing here is computed by JAX: an accelerator is left to the run that may be using it.
     jax.config.update("jax_platforms", "cpu")
     given = flags.FLAGS

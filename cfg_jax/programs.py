@@ -28,7 +28,7 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 class Memory:
     """Bytes a device. `peak` is what must fit at once; the other fields are its parts.
 
-    Where the program does not fit, the compiler tells what it wants and no more.
+    Where the compiler refused the program, `peak` is what it asked for, and it tells no more.
     """
 
     peak: float
@@ -37,9 +37,13 @@ class Memory:
     temporaries: float | None = None
     code: float | None = None
     capacity: float | None = None  # None: not known
+    refused: bool = False
 
     @property
     def fits(self) -> bool | None:
+        """Whether the compiler made the program and it takes no more than there is, if known."""
+        if self.refused:
+            return False
         return None if self.capacity is None else self.peak <= self.capacity
 
 
@@ -60,9 +64,11 @@ class Report:
 
     @property
     def flops_ratio(self) -> float | None:
+        """How many FLOPs were compiled for each of the model's; more than 1 is computed again."""
         return None if self.flops is None else self.flops / self.model_flops
 
     def json(self) -> dict[str, Any]:
+        """The fields and what follows from them, as plan.json has them."""
         out = dataclasses.asdict(self)
         out["memory"]["fits"] = self.memory.fits
         out["flops_ratio"] = self.flops_ratio
@@ -84,6 +90,7 @@ class Compiler:
         self.compilations = 0
 
     def mesh(self, model: experiment.Experiment) -> Mesh:
+        """The slice's devices as the training step has them, ("data", "fsdp")."""
         return meshes.make_mesh(model.train.fsdp, self.target.devices)
 
     def training_step(self, model: experiment.Experiment) -> Report:
@@ -133,9 +140,11 @@ class Compiler:
         devices = len(self.target.devices)
         model_flops = executed.flops(hlo.parse(plain.as_text("hlo"))) / devices
         made = self._compiled(lowered)
-        memory = Memory(**made["memory"], capacity=self.target.capacity)
+        memory = Memory(
+            **made["memory"], capacity=self.target.capacity, refused=made["text"] is None
+        )
         common = {k: made[k] for k in ("wall_seconds", "cpu_seconds")} | {"memory": memory}
-        if made["text"] is None:
+        if memory.refused:
             return Report(model_flops=model_flops, **common)
         module = hlo.parse(made["text"])
         flops, crossed = executed.flops(module), traffic.collectives(module)
@@ -224,28 +233,34 @@ def _key(mesh: Mesh) -> jax.ShapeDtypeStruct:
 
 
 def largest_batch(
-    peak: Callable[[int], float], seen: Mapping[int, float], capacity: float, tries: int
-) -> dict[int, float]:
+    peak: Callable[[int], float | None],
+    seen: Mapping[int, float | None],
+    capacity: float,
+    tries: int,
+) -> dict[int, float | None]:
     """{batch a chip: peak bytes} of what was compiled to find the largest that fits.
 
-    Memory grows nearly linearly with the batch: a second point is taken at twice or half of the
-    first, the line through the two nearest gives the next, and each answer moves the bracket. What
-    is returned as fitting was compiled. At most `tries` calls of peak(batch).
+    A peak is None where the compiler refused: that bounds the search, and what it asked for is no
+    point of the line. Memory grows nearly linearly with the batch: a second point is taken at twice
+    the first, the line through the two nearest gives the next, and where there is none, or it leads
+    out of the bracket, the bracket is halved; a quarter is next where nothing fits yet. What is
+    returned as fitting was compiled. At most `tries` calls of peak(batch).
     """
     seen = dict(seen)
     for _ in range(tries):
-        fit = max((b for b, p in seen.items() if p <= capacity), default=0)
-        full = min((b for b, p in seen.items() if p > capacity), default=None)
-        if len(seen) == 1:
-            guess = 2 * fit if fit else full // 2
-        else:
-            (b0, p0), (b1, p1) = sorted(sorted(seen.items()), key=lambda s: abs(s[1] - capacity))[
+        known = {b: p for b, p in seen.items() if p is not None}
+        fit = max((b for b, p in known.items() if p <= capacity), default=0)
+        full = min((b for b in seen if b not in known or known[b] > capacity), default=None)
+        guess = 2 * fit
+        if len(known) > 1:
+            (b0, p0), (b1, p1) = sorted(sorted(known.items()), key=lambda s: abs(s[1] - capacity))[
                 :2
             ]
             slope = (p1 - p0) / (b1 - b0)
             guess = int(b0 + (capacity - p0) / slope) if slope > 0 else 2 * max(b0, b1)
         guess = max(guess, fit + 1)
-        guess = guess if full is None else min(guess, full - 1)
+        if full is not None and (len(known) < 2 or guess >= full):
+            guess = (fit + full) // 2 if fit else max(full // 4, 1)
         if guess < 1 or guess in seen:
             break
         seen[guess] = peak(guess)

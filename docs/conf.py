@@ -1,7 +1,6 @@
 """The pages in docs/ as HTML: python -m sphinx --fail-on-warning docs DIR"""
 
 import re
-from pathlib import Path
 
 from docutils import nodes
 from docutils.utils.math import latex2mathml
@@ -66,14 +65,6 @@ def skip(app, what, name, obj, skipped, options):
     return skipped or (getattr(obj, "__doc__", None) or "").startswith("Alias for field") or None
 
 
-def leave_out_what_is_not_there(app, docname, source):
-    """index.md lists pages, a name on a line, that may be written later."""
-    if docname == "index":
-        lines = source[0].splitlines()
-        pages = {page.stem for page in Path(app.srcdir).glob("*.md")}
-        source[0] = "\n".join(x for x in lines if x in pages or not re.fullmatch(r"\w+", x))
-
-
 def visit_math(self, node):
     """Formulas are part of the page, which fetches nothing."""
     self.body.append(latex2mathml.tex2mathml(node.astext()))
@@ -82,6 +73,5 @@ def visit_math(self, node):
 
 def setup(app):
     app.add_html_math_renderer("mathml", (visit_math, None))
-    app.connect("source-read", leave_out_what_is_not_there)
     app.connect("autodoc-process-docstring", to_restructured_text)
     app.connect("autodoc-skip-member", skip)

@@ -141,6 +141,35 @@ def test_a_conditional_and_an_unconditional_network_are_a_pair_for_guidance(tmp_
     np.testing.assert_array_equal(run(np.zeros(4, int))[1].eps, without.eps)
 
 
+@pytest.mark.slow
+def test_converted_networks_sample_as_a_pair_by_weak(converted, cli, tmp_path):
+    """The two at 256, thin: at w = 0 the conditional one alone, beyond it both."""
+    name, other = "256x256_diffusion.pt", "256x256_diffusion_uncond.pt"
+    flags, _ = thin(other, tmp_path)
+    config = stored.saved_config(str(converted[other][0]))
+    loss = convert.PUBLISHED[name]["loss"]
+    model = experiment.build({**config, "loss": {**config["loss"], **loss}})
+    wanted = jax.eval_shape(model.network.init, jax.random.key(0))
+    state = {key: recipe.adm_weight(key, shape) for key, shape in published_shapes(wanted).items()}
+    torch_writer.write_zip(tmp_path / name, *torch_writer.state_dict(state))
+    workdir = tmp_path / "conditional"
+    result = cli("convert", f"--checkpoint={tmp_path / name}", *flags[1:], f"--workdir={workdir}")
+    assert result.status == 0, result.err[-3000:]
+    chain = ["--config.sample.steps=4", "--config.sample.batch_size=8", "--per_label=2"]
+    pictures = []
+    for extra in (["--w=0"], ["--w=0,1", f"--weak={converted[other][0]}"]):
+        out = tmp_path / f"out{len(extra)}"
+        result = cli(
+            "sample", f"--workdir={workdir}", "--labels=0,3", *chain, *extra, f"--out={out}"
+        )
+        assert result.status == 0, result.err[-3000:]
+        pictures.append(np.load(out / "samples.npz")["images"])
+    (alone,), (unguided, guided) = pictures
+    assert alone.shape == (4, 16, 16, 3) and not np.array_equal(alone[:2], alone[2:])
+    np.testing.assert_array_equal(unguided, alone)
+    assert not np.array_equal(guided, alone)
+
+
 def published_shapes(wanted):
     """{published name: its shape} for parameters of ours."""
     shapes = {}
@@ -153,13 +182,15 @@ def published_shapes(wanted):
 
 
 # Published by Dhariwal & Nichol (2021) in tables 11 and 12, in millions; 554 are of the conditional
-# network at 256, whose labels are 1000 rows of 1024.
+# network at 256, whose labels are 1000 rows of 1024. The classifier's at 256 is our own count.
 MILLIONS = {
     "64x64_diffusion.pt": 296,
     "128x128_diffusion.pt": 422,
+    "256x256_diffusion.pt": 554,
     "256x256_diffusion_uncond.pt": 554 - 1,
     "64x64_classifier.pt": 65,
     "128x128_classifier.pt": 43,
+    "256x256_classifier.pt": 54,
 }
 
 

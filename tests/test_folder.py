@@ -143,20 +143,28 @@ def test_every_kind_of_picture_is_what_one_sees(tmp_path, capsys):
     (root / "b" / "notes.txt").write_text("")
     save(image(), root / "stray.png")
     (root / "b" / "gone.png").symlink_to(root / "nowhere.png")
-    assert make(root, data) == {"train": len(GOOD) + 1}
+    (root / "b" / "loop").symlink_to(root)
+    (root / "linked").symlink_to(root / "b")
+    (root / "b" / "2.jpg").symlink_to(root / "b" / "1.jpg")
+    assert make(root, data) == {"train": len(GOOD) + 4}
     told = capsys.readouterr().err
     assert "1 folders without a picture, which are no classes: nothing" in told
-    assert "2 files passed over" in told and "stray.png" in told and "b/notes.txt" in told
+    assert "7 files passed over" in told
+    inside = [
+        f"{name}/{left}" for name in ("b", "linked") for left in ("gone.png", "loop", "notes.txt")
+    ]
+    assert f"nothing: stray.png, {', '.join(inside)}" in told
     assert "1 pictures became: enlarged" in told
     assert "2 pictures became: the first of its frames" in told
-    assert not any(passed in told for passed in ("hidden", ".git", "gone"))
+    assert not any(passed in told for passed in ("hidden", ".git"))
 
     mine = datasets.DATASETS["image_folder"](builder="mine", data_dir=str(data))
-    assert (mine.classes, mine.image_shape) == (("all kinds", "b"), (16, 16, 3))
+    assert (mine.classes, mine.image_shape) == (("all kinds", "b", "linked"), (16, 16, 3))
     names = [row["file_name"].decode() for row in mine._prepared(None).as_data_source("train")]
-    assert names == [*sorted(f"all kinds/{name}" for name in GOOD), "b/1.jpg"]
+    others = ["b/1.jpg", "b/2.jpg", "linked/1.jpg", "linked/2.jpg"]
+    assert names == [*sorted(f"all kinds/{name}" for name in GOOD), *others]
     examples = mine.load()
-    assert examples.labels.tolist() == [0] * len(GOOD) + [1]
+    assert examples.labels.tolist() == [0] * len(GOOD) + [1, 1, 2, 2]
     for name, picture in zip(names, examples.images):
         halves = GOOD.get(name.removeprefix("all kinds/"), (BLUE, RED))
         lossy = name.endswith(("jpg", "content.png"))

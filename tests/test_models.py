@@ -1,6 +1,7 @@
 """The networks as functions: what they refuse, what a key does, what jax makes of them."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 import recipe
 from flax import nnx
 
-from cfg_jax.models import affine, layers, network, weights
+from cfg_jax.models import affine, attention, layers, network, weights
 from cfg_jax.types import UsageError
 
 CLASSES = 3
@@ -330,6 +331,28 @@ def test_bfloat16_compute_is_close_to_float32(params, apply):
     assert out.dtype == jnp.float32
     error = jnp.linalg.norm(out - want) / jnp.linalg.norm(want)
     assert 1e-4 < error < 3e-2  # and it did compute in bfloat16
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_float32_is_multiplied_as_such_and_bfloat16_is_left_alone(platform):
+    """Every convolution and product of the layers and of their gradients, as they are lowered."""
+
+    def layers_of(x, kernel, down, matrix):
+        h = affine.convolve(affine.convolve(x, kernel), down, 2)
+        h = affine.multiply(h.reshape(2, 16, 8), matrix).reshape(2, 16, 2, 4)
+        return jnp.sum(attention.attend(h, h, h).astype(jnp.float32) ** 2)
+
+    shapes = (2, 8, 8, 8), (3, 3, 8, 8), (3, 3, 8, 8), (8, 8)
+    for dtype, wanted in ((jnp.float32, "HIGHEST"), (jnp.bfloat16, "DEFAULT")):
+        image, *kernels = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+        image = jax.ShapeDtypeStruct(image.shape, dtype)
+        program = jax.jit(jax.grad(layers_of, (0, 1, 2, 3))).trace(image, *kernels)
+        text = program.lower(lowering_platforms=(platform,)).as_text()
+        products = re.findall(r".*stablehlo\.(?:dot_general|convolution).*", text)
+        assert len(products) == 15, "3 of each convolution and matrix, 6 of attention"
+        for product in products:
+            said = re.findall(r"DEFAULT|HIGHEST|HIGH", product) or ["DEFAULT"]
+            assert set(said) == {wanted}, product
 
 
 def test_a_parameter_in_the_dtype_that_is_read_gives_the_same_bits(params):

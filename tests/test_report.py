@@ -56,12 +56,25 @@ def written(tmp_path_factory):
     return out
 
 
-def test_the_papers_table_is_beside_ours_only_where_it_compares(written):
+def test_the_papers_table_is_beside_ours_only_where_it_compares(written, monkeypatch):
     assert list(curve.of_paper(sweep())) == ["p_uncond=0.1", "p_uncond=0.2", "p_uncond=0.5"]
     assert curve.of_paper(sweep("digits")) == {}
     assert curve.of_paper(sweep(fd="fd_judge")) == {}, "no FID"
     assert "the paper's table" in (written / "report.html").read_text()
-    assert curve.draw(sweep()) != curve.draw(sweep("digits")), "its curves are drawn"
+    panels, drawn = curve._panels, []
+
+    def kept(names):
+        made = panels(names)
+        drawn.append(made[1])
+        return made
+
+    monkeypatch.setattr(curve, "_panels", kept)
+    for dataset, count in (("imagenet64", 3), ("digits", 0)):
+        curve.draw(sweep(dataset))
+        axes = drawn.pop()
+        dotted = {k: sum(line.get_linestyle() == ":" for line in a.lines) for k, a in axes.items()}
+        wanted = dict.fromkeys(axes, 0) | dict.fromkeys(("curve", "fid", "is"), count)
+        assert dotted == wanted, "a curve for each p_uncond"
 
 
 def test_a_rule_is_a_curve_over_its_rising_w():

@@ -37,13 +37,15 @@ class Found(NamedTuple):
     classes: tuple[str, ...]
     files: tuple[tuple[shards.File, ...], ...]  # of each class, in the order of their names
     empty: tuple[str, ...]  # folders without a picture: no classes
-    others: tuple[str, ...]  # files that are no pictures by their names, or lie outside the classes
+    # Files that are no pictures by their names, or lie outside the classes; links inside a class to
+    # a folder, which may be one above it, or to nothing.
+    others: tuple[str, ...]
 
 
 def find(path: Path) -> Found:
     """The pictures below each folder of path, at any depth; what begins with a dot is passed over.
 
-    Raises UsageError where there are none.
+    A class, or a picture, may be a link. Raises UsageError where there are none.
     """
     if not path.is_dir():
         raise UsageError(f"--path={path} is no folder: give one that holds a folder a class.")
@@ -53,7 +55,7 @@ def find(path: Path) -> Found:
     for folder in (entry for entry in entries if entry.is_dir()):
         pictures = []
         for name in _below(folder):
-            if name.suffix.lower() not in _SUFFIXES:
+            if name.suffix.lower() not in _SUFFIXES or not name.is_file():
                 others.append(str(name.relative_to(path)))
                 continue
             status = name.stat()
@@ -84,12 +86,16 @@ def _is_seen(name: str) -> bool:
 
 
 def _below(folder: Path) -> list[Path]:
-    """The files in a folder and the folders in it, in the order of their names."""
+    """What is in a folder and the folders in it, but those, in the order of the names.
+
+    A link to a folder is not followed, but is one of them, as is a link to nothing.
+    """
     found = []
     for place, folders, names in os.walk(folder, onerror=_raise):
         folders[:] = filter(_is_seen, folders)
-        found += [Path(place, name) for name in names if _is_seen(name)]
-    return sorted(path for path in found if path.is_file())  # not links to nowhere
+        links = [name for name in folders if Path(place, name).is_symlink()]
+        found += [Path(place, name) for name in (*links, *filter(_is_seen, names))]
+    return sorted(found)
 
 
 def _raise(error: OSError) -> None:
@@ -204,7 +210,11 @@ def prepare(
             )
         return False
     _tell(say, "folders without a picture, which are no classes", found.empty)
-    _tell(say, "files passed over, which are no pictures by their names", found.others)
+    _tell(
+        say,
+        "files passed over, no pictures by their names or links to folders or to nothing",
+        found.others,
+    )
     with assembly.held(folder):
         records = assembly.make_all(parts, workers or assembly.cores(), progress=progress, say=say)
         bad = [entry for part in parts for entry in records[part.shard.name]["bad"]]

@@ -54,6 +54,7 @@ class Part:
 
     @property
     def record(self) -> Path:
+        """Where the record of the shard lies: once it is there, the shard is whole."""
         return self.shard.parent / "records" / f"{self.shard.name}.json"
 
     @property

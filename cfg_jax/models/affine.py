@@ -15,10 +15,19 @@ from cfg_jax.models import once
 from cfg_jax.types import Array
 
 
+def precision(x: Array) -> str | None:
+    """Of products of x: float32 is multiplied as such on TPUs, and on GPUs, only where one asks."""
+    return "highest" if x.dtype == jnp.float32 else None
+
+
 def _convolve(x: Array, kernel: Array, stride: int) -> Array:
-    padding = [(side // 2, side // 2) for side in kernel.shape[:2]]
     return jax.lax.conv_general_dilated(
-        x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        x,
+        kernel,
+        (stride, stride),
+        [(side // 2, side // 2) for side in kernel.shape[:2]],
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        precision=precision(x),
     )
 
 
@@ -63,6 +72,7 @@ def _by_kernel(x: Array, g: Array, *, kernel: jax.ShapeDtypeStruct, stride: int)
         [(k // 2, k - 1 + (out - 1) * stride + 1 - side - k // 2) for k, side, out in sides],
         rhs_dilation=(stride, stride),
         dimension_numbers=("CHWN", "IHWO", "HWNC"),
+        precision=precision(x),
         preferred_element_type=kernel.dtype,
     )
 
@@ -88,6 +98,7 @@ def _by_kernel_over_rows(x: Array, g: Array, *, kernel: jax.ShapeDtypeStruct) ->
         (1,),
         [(tall // 2, tall // 2)],
         dimension_numbers=("NHC", "HIO", "NHC"),
+        precision=precision(x),
         preferred_element_type=kernel.dtype,
     )
     return out.reshape(c, tall, wide, -1).transpose(1, 2, 0, 3)
@@ -97,7 +108,7 @@ convolve.defvjp(_convolve_forward, _convolve_backward)
 
 
 def _multiply(x: Array, kernel: Array):
-    return x @ kernel.astype(x.dtype), (x, kernel)
+    return jnp.matmul(x, kernel.astype(x.dtype), precision=precision(x)), (x, kernel)
 
 
 @jax.custom_vjp
@@ -109,10 +120,15 @@ def multiply(x: Array, kernel: Array) -> Array:
 def _multiply_backward(saved: tuple[Array, Array], g: Array):
     x, kernel = saved
     rows = tuple(range(x.ndim - 1))
+    by_x = jnp.matmul(g, kernel.astype(g.dtype).T, precision=precision(g))
     by_kernel = jax.lax.dot_general(
-        x, g, ((rows, rows), ((), ())), preferred_element_type=kernel.dtype
+        x,
+        g,
+        ((rows, rows), ((), ())),
+        precision=precision(x),
+        preferred_element_type=kernel.dtype,
     )
-    return g @ kernel.astype(g.dtype).T, by_kernel
+    return by_x, by_kernel
 
 
 multiply.defvjp(_multiply, _multiply_backward)

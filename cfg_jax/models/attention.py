@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from cfg_jax.models import layers, once
+from cfg_jax.models import affine, layers, once
 from cfg_jax.types import Array, UsageError
 
 
@@ -44,15 +44,19 @@ def split_heads(qkv: Array, heads: int, order: str) -> tuple[Array, Array, Array
     return q, k, v
 
 
+def _einsum(form: str, a: Array, b: Array, kind: jnp.dtype | None = None) -> Array:
+    return jnp.einsum(form, a, b, precision=affine.precision(a), preferred_element_type=kind)
+
+
 def _attend(q: Array, k: Array, v: Array):
     scale = q.shape[-1] ** -0.25
     q, k = q * scale, k * scale
-    logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
+    logits = _einsum("bqhd,bkhd->bhqk", q, k, jnp.float32)
     weights = jnp.exp(logits - logits.max(-1, keepdims=True))
     # The softmax's division comes last: over d channels a query, not over its N weights.
     total = weights.sum(-1).swapaxes(1, 2)[..., None]  # [B, N, heads, 1]
     weights = weights.astype(v.dtype)
-    out = jnp.einsum("bhqk,bkhd->bqhd", weights, v, preferred_element_type=jnp.float32) / total
+    out = _einsum("bhqk,bkhd->bqhd", weights, v, jnp.float32) / total
     out = out.astype(v.dtype)
     return out, (q, k, v, weights, total, out)
 
@@ -75,11 +79,11 @@ def _attend_backward(saved: tuple[Array, ...], g: Array):
     # sum_k softmax_k (g v_k), which needs no sum over keys: Dao et al. (2022), appendix B.
     mean = (share * out).sum(-1).swapaxes(1, 2)[..., None]  # [B, heads, N, 1]
     share = share.astype(v.dtype)
-    by_v = jnp.einsum("bhqk,bqhd->bkhd", weights, share)
-    by_weights = jnp.einsum("bqhd,bkhd->bhqk", share, v, preferred_element_type=jnp.float32)
+    by_v = _einsum("bhqk,bqhd->bkhd", weights, share)
+    by_weights = _einsum("bqhd,bkhd->bhqk", share, v, jnp.float32)
     by_logits = (weights * (by_weights - mean)).astype(v.dtype)
-    by_q = jnp.einsum("bhqk,bkhd->bqhd", by_logits, k)
-    by_k = jnp.einsum("bhqk,bqhd->bkhd", by_logits, q)
+    by_q = _einsum("bhqk,bkhd->bqhd", by_logits, k)
+    by_k = _einsum("bhqk,bqhd->bkhd", by_logits, q)
     return by_q * scale, by_k * scale, by_v
 
 

@@ -111,11 +111,13 @@ class GroupNorm(nnx.Module):
 
 
 def halve(x: Array) -> Array:
+    """The means of 2 x 2 pixels, [B, H, W, C] -> [B, H / 2, W / 2, C], for even H and W."""
     b, h, w, c = x.shape
     return x.reshape(b, h // 2, 2, w // 2, 2, c).mean((2, 4))
 
 
 def double(x: Array) -> Array:
+    """The nearest neighbour, [B, H, W, C] -> [B, 2 H, 2 W, C]."""
     return x.repeat(2, axis=1).repeat(2, axis=2)
 
 

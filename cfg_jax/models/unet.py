@@ -95,6 +95,7 @@ def parts(
 
 
 def compute_dtype(name: str) -> jnp.dtype:
+    """The precision of a config's `dtype`. Raises UsageError but for "float32" and "bfloat16"."""
     if name not in ("float32", "bfloat16"):
         raise UsageError(f"dtype={name!r} is not known; it is 'float32' or 'bfloat16'")
     return jnp.dtype(name)

@@ -47,6 +47,7 @@ class WandbRun:
         )
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Adds {name: value} to the run at a training step."""
         self._run.log(dict(values), step=step)
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
@@ -55,4 +56,5 @@ class WandbRun:
         self._run.log({name: self._wandb.Image(picture)}, step=step)
 
     def close(self) -> None:
+        """Ends the run once what was logged is written; nothing can be logged after."""
         self._run.finish()
