@@ -1,13 +1,14 @@
 """Every guidance rule on one trained model: strips of images at equal seeds, and the frontier.
 
     python -m benchmarks.rules --workdir=runs/digits --judge=runs/digits_judge [--weak=DIR]
-        [--num_samples=1000] [--steps=32] [--sampler=NAME] [--grid=NAME] [--rules=NAME,NAME]
-        [--w=0.5,1] [--data_dir=DIR] [--split=SPLIT] [--out=docs/guidance]
+        [--classifier=DIR] [--num_samples=1000] [--steps=32] [--sampler=NAME] [--grid=NAME]
+        [--rules=NAME,NAME] [--w=0.5,1] [--data_dir=DIR] [--split=SPLIT] [--out=docs/guidance]
 
 Writes RULE.png, a row for each w and a column a class, frontier.png, the Frechet distance against
 the inception score of every rule over w, and rules.json with the numbers and what each point cost.
-Image i starts from the same noise at every point. Autoguidance is left out without --weak, and that
-is said. CFG++ is sampled by DDIM, where --sampler would not take it.
+Image i starts from the same noise at every point. Autoguidance is left out without --weak,
+classifier guidance without --classifier, and that is said. CFG++ is sampled by DDIM, where
+--sampler would not take it.
 """
 
 import argparse
@@ -40,16 +41,19 @@ FREE = guidance.ClassifierFree
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """A rule, w -> Guidance, over some w, and what its reference is."""
+    """A rule, w -> Guidance, over some w, what it moves away from, and what guides it: no second
+    network, or one that is "weak" or a "classifier".
+    """
 
     make: Callable
     w: Sequence[float] = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
     negative: Sequence[int] = ()
-    weak: bool = False
+    guide: str = ""
 
 
 VARIANTS = {
     "classifier_free": Variant(FREE),
+    "classifier": Variant(guidance.ClassifierGuidance, guide="classifier"),
     "interval": Variant(lambda w: strengths.Interval(FREE(w))),
     "linear": Variant(lambda w: strengths.linear(FREE(w))),
     "cosine": Variant(lambda w: strengths.cosine(FREE(w))),
@@ -59,8 +63,10 @@ VARIANTS = {
     "apg": Variant(directions.AdaptiveProjected),
     "cfg_zero_star": Variant(directions.ZeroStar),
     "cfg_plus_plus": Variant(directions.PlusPlus, w=(-1.0, -0.9, -0.8, -0.6, -0.3, 0.0)),
-    "autoguidance": Variant(FREE, weak=True),
+    "autoguidance": Variant(FREE, guide="weak"),
     "away_from_the_mean": Variant(FREE, negative=range(10)),
+    "scaled_score": Variant(guidance.ScaledScore),
+    "scaled_noise": Variant(guidance.ScaledNoise),
 }
 
 
@@ -72,20 +78,22 @@ def generators(options: argparse.Namespace) -> dict[str, generator.Generator]:
     asked = {"data_dir": options.data_dir, "split": options.split}
     config["dataset"] |= {name: value for name, value in asked.items() if value}
     meshes.split_cpu(config["sample"]["batch_size"])
-    model = experiment.build(config)
-    plain, _ = generator.load(options.workdir, model)
-    weak = stored.open_guide("--weak", options.weak)
+    paths = {"weak": options.weak, "classifier": options.classifier}
+    guides = {kind: (path, stored.open_guide(f"--{kind}", path)) for kind, path in paths.items()}
+    needs_pair = experiment.build(config).sampler.needs_pair
     out = {}
     for name, variant in VARIANTS.items():
-        one = plain
-        if variant.weak and weak is None:
-            print(f"{name} is left out: it needs --weak=DIR")
+        path, guide = guides.get(variant.guide, (None, None))
+        if variant.guide and guide is None:
+            print(f"{name} is left out: it needs --{variant.guide}=DIR")
             continue
-        if variant.weak:
-            one, _ = generator.load(options.workdir, model, options.weak, weak)
-        if not variant.make(0.0).keeps_pair and model.sampler.needs_pair:
-            config["sample"]["sampler"] = {"name": "ddim"}
-            one = generator.Generator(experiment.build(config), plain.params)
+        section, rule = dict(config["sample"]), variant.make(0.0)
+        if variant.guide == "classifier":
+            section["guidance"] = {"name": "classifier"}
+        if needs_pair and not rule.keeps_pair:
+            section["sampler"] = {"name": "ddim"}
+        model = experiment.build({**config, "sample": section})
+        one, _ = generator.load(options.workdir, model, path, guide)
         out[name] = one.guided(variant.make, variant.negative)
     return out
 
@@ -129,6 +137,7 @@ def main() -> None:
     parser.add_argument("--workdir", required=True)
     parser.add_argument("--judge", required=True)
     parser.add_argument("--weak")
+    parser.add_argument("--classifier")
     parser.add_argument("--num_samples", type=int, default=1000)
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--sampler", default="ancestral")
