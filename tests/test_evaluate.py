@@ -359,7 +359,8 @@ def test_differences_are_paired():
     """The same images with a constant added: each differs by it exactly, so the error is 0."""
     rng = np.random.default_rng(0)
     values, labels = rng.standard_normal(60), np.arange(60) % 4
-    a, b = (scores._mean(values + shift, labels) for shift in (0, 0.5))
+    drawn = scores._drawn(60, labels)
+    a, b = (scores._mean(values + shift, drawn) for shift in (0, 0.5))
     assert b.difference(a)["difference"] == pytest.approx(0.5)
     assert b.difference(a)["error"] < 1e-12 < a.summary()["error"]
 
