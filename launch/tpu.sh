@@ -134,8 +134,30 @@ ask() {
   fi
 }
 
+# why [tried]: in one line, why the cloud did not answer, or why the last attempt failed. An error of
+# the worker's or of gcloud's own comes first: details may follow it.
 why() {
-  grep -v '^ *$' "$scratch/why" 2>/dev/null | tail -n 1
+  local said=$scratch/${1:-why}
+  { grep '^error: ' "$said" || grep '^ERROR' "$said" || grep -v '^ *$' "$said"; } 2>/dev/null |
+    tail -n 1
+}
+
+# attempt COMMAND: calls it. Once something runs, what it says on standard error is kept, for `why
+# tried`; until then gcloud has the terminal to itself, where it may have questions.
+attempt() {
+  if $dry_run || [ $patience = 1 ]; then
+    call "$@"
+  else
+    { call "$@" 2>&1 >&4 | tee "$scratch/said" >&2; } 4>&1 && return
+    grep -v '^\$ ' "$scratch/said" >"$scratch/tried" || true # less the command
+    return 1
+  fi
+}
+
+# Was it the user's mistake, that no patience mends? A quota is none, whatever it is filed under.
+is_mistaken() {
+  why tried | grep -v -i quota | grep -q -E \
+    '^ERROR: \(gcloud.*(unrecognized arg|argument -|Invalid choice|INVALID_ARG|PERMISSION_DENIED)'
 }
 
 ssh_to() {
@@ -174,7 +196,8 @@ look() {
   esac
 }
 
-# Once something runs, a cloud that does not answer for a while is no reason to leave it.
+# Once something runs, a cloud that fails for a while is no reason to leave it: how often each thing
+# is tried, --poll apart, before that ends the watch.
 patience=1
 look_patiently() {
   local tries
@@ -212,12 +235,8 @@ request() {
   local extra=()
   read -ra extra <<<"$create_flags"
   if $spot; then extra=(--spot ${extra[@]+"${extra[@]}"}); fi
-  call "${queued[@]}" create "$name" --node-id="$name" "${place[@]}" \
-    --accelerator-type="$type" --runtime-version="$version" ${extra[@]+"${extra[@]}"} && return
-  # It may have come half the way, and wait there for its turn to be paid for.
-  look || failed "$name was not created, and the cloud does not say what is there: $(why)"
-  [ "$phase" = absent ] || failed "creating $name failed, and left it $seen: $(hint delete)"
-  failed "$name was not created: gcloud says above why; nothing is left"
+  attempt "${queued[@]}" create "$name" --node-id="$name" "${place[@]}" \
+    --accelerator-type="$type" --runtime-version="$version" ${extra[@]+"${extra[@]}"}
 }
 
 create() {
@@ -226,7 +245,12 @@ create() {
   if ! $dry_run && [ "$phase" != absent ]; then
     failed "$name is there already, $seen: set it up, or $(hint delete)"
   fi
-  request
+  if ! request; then
+    # It may have come half the way, and wait there for its turn to be paid for.
+    look || failed "$name was not created, and the cloud does not say what is there: $(why)"
+    [ "$phase" = absent ] || failed "creating $name failed, and left it $seen: $(hint delete)"
+    failed "$name was not created: gcloud says above why; nothing is left"
+  fi
   wait_until_ready || failed "$name is $seen, and will not come: $(hint delete)"
 }
 
@@ -240,19 +264,19 @@ set_up() {
   # A node that is READY may still be starting its ssh.
   ssh_to all true
   for tries in 1 2 3 4 5; do
-    if call "${where[@]}"; then
+    if attempt "${where[@]}"; then
       ready=true
       break
     fi
     [ "$tries" = 5 ] || nap
   done
   $ready || return 1
-  call "${reach[@]}" scp "$package" "$name:cfg_jax.tar.gz" "${place[@]}" --worker=all \
+  attempt "${reach[@]}" scp "$package" "$name:cfg_jax.tar.gz" "${place[@]}" --worker=all \
     ${more[@]+"${more[@]}"} || return 1
   [ -z "$data" ] || data_flag=" $(quoted --data="$data")"
   ssh_to all "rm -rf cfg_jax.next && mkdir cfg_jax.next && tar -xzf cfg_jax.tar.gz -C cfg_jax.next \
 && bash cfg_jax.next/launch/worker.sh setup$data_flag"
-  call "${where[@]}"
+  attempt "${where[@]}"
 }
 
 setup() {
@@ -275,7 +299,8 @@ ask_job() {
 start() {
   local what
   what=$(quoted ${env[@]+"${env[@]}"} "$job" "${flags[@]}")
-  tell_job all "start $what" && return
+  ssh_to all "bash cfg_jax/launch/worker.sh start $what"
+  attempt "${where[@]}" && return
   # Those that did start would wait five minutes for the rest.
   tell_job all "stop $what" || true
   return 1
@@ -288,11 +313,47 @@ count_rerun() {
   say "$1: $2 ($reruns of $max_reruns)"
 }
 
-# Deleted first: a queued resource that was suspended never comes back.
+# Deletes and requests it, with patience: what failed may have been done all the same, so that each
+# try begins with what is there.
 make_again() {
-  call "${queued[@]}" delete "$name" "${place[@]}" --force --quiet ||
-    failed "$name could not be deleted, to be made again: $(hint status)"
-  request
+  local tries=0 what how
+  while :; do
+    case $phase,$seen in
+      lost,*) # deleted first: a queued resource that was suspended never comes back
+        what="deleted, to be made again"
+        how="run again; how it is: $(hint status)"
+        if attempt "${queued[@]}" delete "$name" "${place[@]}" --force --quiet; then
+          phase=absent
+          continue
+        fi
+        ;;
+      absent,*)
+        what="made again"
+        how="$(hint create) --type=$type$(! $spot || echo " --spot"), and run again"
+        if request; then return; fi
+        ;;
+      waiting,DELETING | waiting,SUSPENDING)
+        nap
+        look_patiently
+        continue
+        ;;
+      *) return ;; # it is on its way, or there
+    esac
+    tries=$((tries + 1))
+    bear $tries "$name could not be $what" "$how"
+    look_patiently
+  done
+}
+
+# bear TRIES MESSAGE HOW: an attempt failed while the job is to go on. Returns when it is time to try
+# again; ends where it was tried often enough or would fail again, and says how to go on.
+bear() {
+  local tries=$1 message=$2 how=$3
+  ! is_mistaken || failed "$message: $(why tried). Without that mistake, to go on: $how"
+  [ "$tries" -lt $patience ] ||
+    failed "$message, tried $tries times: $(why tried). To go on: $how"
+  say "$message: $(why tried): trying again ($tries of $patience)"
+  nap
 }
 
 # A preemption shows in the job before the cloud says it. stays_ready N: N looks later, it is READY.
@@ -308,13 +369,16 @@ stays_ready() {
 # What just failed on the workers is no wonder where the node has gone in between: then look on.
 unless_it_is_gone() {
   look_patiently
-  [ "$phase" != ready ] || failed "$*"
+  [ "$phase" = ready ] || return 0
+  [ $patience -gt 1 ] || failed "$*: the lines above say on which worker"
+  failures=$((failures + 1))
+  bear $failures "$*" "run again; it costs until then, or until $(hint delete)"
 }
 
 not_started="the job did not start on every worker of $name, and was stopped on the others"
 
 run() {
-  local state reruns=0 started=false made_again=false silent=0 last=''
+  local state reruns=0 started=false made_again=false silent=0 failures=0 last=''
   while :; do
     look_patiently
     case $phase in
@@ -329,8 +393,10 @@ run() {
         ;;
       lost)
         count_rerun "$name is gone ($seen)" "making it again"
+        ! $made_again || $started || nap # it did not last until the job began
+        patience=10 failures=0
         make_again
-        started=false made_again=true patience=10
+        started=false made_again=true
         continue
         ;;
     esac
@@ -344,12 +410,12 @@ run() {
     silent=0
     if [[ $state == bare* ]]; then
       { $made_again && [ -e "$package" ]; } || pack
-      set_up || unless_it_is_gone "$name is not set up: the lines above say on which worker"
+      set_up || unless_it_is_gone "$name is not set up"
       continue
     fi
     if ! $started; then
       if start; then
-        started=true patience=10
+        started=true patience=10 failures=0
         ! $nowatch || return 0
         say "watching; the job goes on without: $(hint logs)"
       else
@@ -379,12 +445,12 @@ run() {
         state=$(ask_job all none | grep '^failed' | head -n 1) || true
         [ -z "$state" ] || failed "the job $state. The whole logs: $(hint logs) --worker=all"
         count_rerun "the job was interrupted, and $name is $seen still" "starting it again"
-        start || unless_it_is_gone "$not_started"
+        started=false
         ;;
       ABSENT*) ;; # gone between the two questions: look again
       none*)
         count_rerun "$name has lost the job" "starting it again"
-        start || unless_it_is_gone "$not_started"
+        started=false
         ;;
       *) failed "worker 0 of $name says what it should not: $state" ;;
     esac
@@ -402,6 +468,7 @@ dry_run_of_run() {
   look
   ask_job 0 none >/dev/null
   note "after a preemption, at most $max_reruns times:"
+  phase=lost
   make_again
   wait_until_ready
   set_up

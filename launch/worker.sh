@@ -60,7 +60,10 @@ start() {
   local command
   command=$(printf '%q ' "$@")
   if is_running; then
-    if [ "$command" = "$(cat $job/command)" ]; then
+    if [ -e $job/stopped ]; then
+      echo "error: the job on $(hostname) was told to stop, and is still leaving" >&2
+      return 1
+    elif [ "$command" = "$(cat $job/command)" ]; then
       echo "$(hostname): runs already"
       return
     fi
@@ -138,6 +141,8 @@ state() {
 stop() {
   if is_running && [ $# -gt 0 ] && [ "$(printf '%q ' "$@")" != "$(cat $job/command)" ]; then
     echo "$(hostname): leaves the other job alone"
+  elif is_running && [ $# -gt 0 ] && [ -e $job/stopped ]; then
+    echo "$(hostname): was told before" # a second signal would not let it save
   elif is_running; then
     touch $job/stopped
     kill -TERM "$(cat $job/child)"

@@ -40,9 +40,9 @@ class Cloud:
         shutil.copytree(FIXTURES / "bin", folder / "bin")
         for name in ("kubectl", "sbatch", "srun", "scontrol", "sudo"):
             (folder / "bin" / name).symlink_to("recorder")
-        for name in ("calls", "fail"):
+        for name in ("calls", "fail", "late"):
             (folder / name).touch()
-        self.says(queued=["ABSENT"], node=["ABSENT"])
+        self.says(queued=["ABSENT"], node=["ABSENT"], refusal=["ERROR: (gcloud) refused"])
         self.jobs(["exit 0"], ["exit 0"])
 
     def says(self, **states):

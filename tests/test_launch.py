@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
@@ -366,23 +367,147 @@ def test_a_create_that_comes_half_the_way_is_told(cloud):
     ]
 
 
-@linux_only
-@pytest.mark.parametrize(
-    "pattern, wanted",
-    [
-        ("*delete*", "pod could not be deleted, to be made again"),
-        ("*queued-resources create*", "pod was not created"),
-        ("* scp *", "pod is not set up"),
-    ],
-)
-def test_a_call_fails_while_it_is_made_again(pod, pattern, wanted):
-    pod.jobs(["echo SUSPENDED >$CLOUD/queued; exit 75"], ["exit 75"])
-    pod.says(fail=[pattern])
+# Each call of a re-creation: what it is told as, the short names of a try, and what follows it.
+AGAIN = {
+    "delete": ("*delete*", "pod could not be deleted, to be made again", ["delete"]),
+    "create": ("*queued-resources create*", "pod could not be made again", ["create"]),
+    "scp": ("* scp *", "pod is not set up", ["true all", "scp"]),
+    "setup": ("*worker.sh setup*", "pod is not set up", ["true all", "scp", "setup all"]),
+    "start": (
+        "*worker.sh start*",
+        "the job did not start on every worker of pod, and was stopped on the others",
+        ["start all", "stop all"],
+    ),
+}
+PREEMPTED = "echo SUSPENDED >$CLOUD/queued"
+AGAIN_STEPS = ["delete", "create", "true all", "scp", "setup all", "start all"]
+
+
+def refuse_after_a_preemption(pod, pattern, times, refusal="ERROR: (gcloud) UNAVAILABLE: later"):
+    """The job is preempted, and calls that fit the pattern then fail so often."""
+    fails = f"for i in {{1..{times}}}; do echo '{pattern}' >>$CLOUD/fail; done"
+    pod.jobs([f"{fails}; {PREEMPTED}; exit 75", "exit 0"], ["exit 75", "exit 0"])
+    pod.says(refusal=refusal.splitlines())
     result = pod("tpu.sh", *RUN)
+    steps = [x for x in pod.steps if x != "pip"]
+    assert steps.pop(0) == "start all"
+    return result, steps
+
+
+@linux_only
+@pytest.mark.parametrize("case", AGAIN)
+def test_a_call_that_fails_twice_while_it_is_made_again_is_borne(pod, case):
+    pattern, wanted, tried = AGAIN[case]
+    result, steps = refuse_after_a_preemption(pod, pattern, 2)
+    assert result.status == 0, result.err
+    assert [x for x in result.told if "trying again" in x] == [
+        f"{wanted}: ERROR: (gcloud) UNAVAILABLE: later: trying again ({n} of 10)" for n in (1, 2)
+    ]
+    first = AGAIN_STEPS.index(tried[0])
+    assert steps == [*AGAIN_STEPS[:first], *tried, *tried, *AGAIN_STEPS[first:]]
+    assert sum("of 20)" in x for x in result.told) == 1, "no preemption of its own"
+    assert result.told[-1] == "finished on worker-0: "
+
+
+@linux_only
+@pytest.mark.parametrize("case", AGAIN)
+def test_a_call_that_fails_on_and_on_while_it_is_made_again_ends_the_watch(pod, case):
+    pattern, wanted, tried = AGAIN[case]
+    result, steps = refuse_after_a_preemption(pod, pattern, 99)
     assert result.status == 1
     (line,) = result.errors
-    assert wanted in line
-    assert pod.steps.count("start all") == 1
+    verb = {"delete": "status", "create": "create"}.get(case, "delete")
+    why = "tried 10 times: ERROR: (gcloud) UNAVAILABLE: later. To go on: "
+    assert line.startswith(f"error: {wanted}, {why}")
+    hint = f"bash launch/tpu.sh {verb} --name=pod --zone=us-west4-a"
+    if case == "create":
+        hint += " --type=v5litepod-16 --spot"
+    assert hint in line
+    assert sum("trying again" in x for x in result.told) == 9
+    assert steps == [*AGAIN_STEPS[: AGAIN_STEPS.index(tried[0])], *10 * tried]
+    # And what is told is so.
+    pod.says(fail=[])
+    if case == "create":
+        assert pod("tpu.sh", *shlex.split(hint)[2:], *QUICK).status == 0
+    result = pod("tpu.sh", *RUN)
+    assert result.status == 0, result.err
+
+
+@linux_only
+@pytest.mark.parametrize(
+    "refusal, again",
+    [
+        ("(gcloud.x.create) unrecognized arguments: --spto (did you mean '--spot'?)\n\n  help", 0),
+        ("(gcloud.x.create) argument --accelerator-type: Must be specified.", 0),
+        ("(gcloud.x.create) INVALID_ARGUMENT: no such runtime\n- '@type': BadRequest", 0),
+        ("(gcloud.x.create) PERMISSION_DENIED: tpu.nodes.create denied\n- reason: IAM", 0),
+        ("(gcloud.x.create) PERMISSION_DENIED: Quota 'TPUs' exceeded. Limit: 16.", 9),
+        ("(gcloud.x.create) RESOURCE_EXHAUSTED: no more capacity in the zone", 9),
+    ],
+)
+def test_what_no_patience_mends_ends_at_once(pod, refusal, again):
+    result, steps = refuse_after_a_preemption(
+        pod, "*queued-resources create*", 99, f"ERROR: {refusal}"
+    )
+    assert result.status == 1 and steps == ["delete", *(1 + again) * ["create"]]
+    (line,) = result.errors
+    first = refusal.splitlines()[0]
+    assert f"pod could not be made again{', tried 10 times' * (again > 0)}: ERROR: {first}" in line
+    assert sum("trying again" in x for x in result.told) == again
+
+
+@linux_only
+@pytest.mark.parametrize("call", ["delete", "create"])
+def test_a_call_that_fails_and_was_done_all_the_same(pod, call):
+    """Each try begins with what is there: nothing is deleted or made twice."""
+    pod.jobs([f"{PREEMPTED}; exit 75", "exit 0"], ["exit 75", "exit 0"])
+    pod.says(late=[f"*queued-resources {call}*"])
+    result = pod("tpu.sh", *RUN)
+    assert result.status == 0, result.err
+    assert [x for x in pod.steps if x != "pip"] == ["start all", *AGAIN_STEPS]
+    assert sum("trying again (1 of 10)" in x for x in result.told) == 1
+
+
+@linux_only
+def test_a_deletion_under_way_is_waited_for(pod):
+    states = "printf '%s\\n' SUSPENDED DELETING DELETING ABSENT >$CLOUD/queued"
+    pod.jobs([f"{states}; exit 75", "exit 0"], ["exit 75", "exit 0"])
+    pod.says(fail=["*delete*"])
+    result = pod("tpu.sh", *RUN)
+    assert result.status == 0, result.err
+    assert "pod: DELETING" in result.told
+    assert [x for x in pod.steps if x in ("delete", "create")] == ["delete", "create"]
+
+
+@linux_only
+def test_a_start_that_fails_where_the_node_stays_is_borne(pod):
+    """After maintenance, with no re-creation: the workers that did start are not taken for a job
+    that somebody stopped."""
+    fails = "echo '*worker.sh start*' >>$CLOUD/fail"
+    pod.jobs([f"{fails}; exit 75", "exit 0"], ["exit 75", "exit 0"])
+    result = pod("tpu.sh", *RUN)
+    assert result.status == 0, result.err
+    assert pod.steps == ["start all", "start all", "stop all", "start all"]
+    assert sum("of 20)" in x for x in result.told) == 1
+
+
+@linux_only
+def test_a_job_that_is_still_leaving_is_not_started_nor_hurried(pod):
+    """Told to stop by somebody, it saves in peace."""
+    leave = "trap 'sleep 1; exit 75' TERM; echo step 7; while true; do sleep 0.1; done"
+    pod.jobs([leave], [leave])
+    assert pod("tpu.sh", "run", *POD, *QUICK, "--nowatch", *JOB).status == 0
+    assert pod("tpu.sh", "stop", *POD).status == 0
+    result = pod("tpu.sh", *RUN)
+    assert result.status == 1 and "did not start on every worker of pod" in result.errors[-1]
+    assert "error: the job on worker-0 was told to stop, and is still leaving" in result.errors
+    assert "worker-0: was told before" in result.out
+    end = pod.folder / "worker" / "0" / "cfg_jax_job" / "status"
+    deadline = time.monotonic() + 20
+    while not end.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert end.read_text() == "75\n"
 
 
 @pytest.mark.parametrize(
