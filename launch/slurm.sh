@@ -20,7 +20,7 @@ set -euo pipefail
 # Slurm runs a copy of this file, far from the checkout: what the job does stands alone.
 # in_job MAX_RERUNS PYTHON JOB FLAGS
 in_job() {
-  local max_reruns=$1 python=$2 job=$3 status=0 restarts=${SLURM_RESTART_COUNT:-0} cpus=()
+  local max_reruns=$1 python=$2 job=$3 status=0 restarts=${SLURM_RESTART_COUNT:-0} cpus=() tries
   shift 3
   # Since Slurm 22.05 a step does not take it over from its job.
   [ -z "${SLURM_CPUS_PER_TASK:-}" ] || cpus=(--cpus-per-task="$SLURM_CPUS_PER_TASK")
@@ -39,10 +39,17 @@ in_job() {
     exit 1
   fi
   echo "== told to leave: queued again ($((restarts + 1)) of $max_reruns)" >&2
-  if ! scontrol requeue "$SLURM_JOB_ID"; then
-    echo "error: Slurm did not queue it again: submit it again, and it goes on" >&2
-    exit 1
-  fi
+  # A controller that is being restarted, or is busy, answers a little later; the job has no long to
+  # live, before its time limit or once it was preempted.
+  for ((tries = 1; ; tries++)); do
+    ! scontrol requeue "$SLURM_JOB_ID" || break
+    if [ $tries -ge 10 ]; then
+      echo "error: Slurm did not queue it again, asked $tries times: submit it again, and it goes on" >&2
+      exit 1
+    fi
+    echo "== Slurm did not queue it again: trying again ($tries of 10)" >&2
+    sleep 10
+  done
   # Slurm ends this script when it takes the job back: ended before, the job would count as done.
   sleep 300
 }

@@ -668,10 +668,20 @@ def test_slurm_in_the_job(cloud, tmp_path, srun, restarts, calls, status, wanted
         assert cloud.calls[1] == ["scontrol", "requeue", "7"]
 
 
-def test_slurm_that_does_not_queue_again(cloud):
-    cloud.says(**{"status.srun": ["75"], "status.scontrol": ["1"]})
+@pytest.mark.parametrize("failures, status", [(2, 0), (99, 1)])
+def test_slurm_that_does_not_queue_again(cloud, failures, status):
+    (cloud.folder / "bin" / "sleep").symlink_to("recorder")
+    cloud.says(**{"status.srun": ["75"], "status.scontrol": ["1"] * failures + ["0"]})
     result = cloud("slurm.sh", "--in_job", "20", "python", "train", "--x=1", SLURM_JOB_ID="7")
-    assert result.status == 1 and "submit it again" in result.errors[0]
+    assert result.status == status, result.err
+    slept = [float(x[1]) for x in cloud.calls if x[0] == "sleep"]
+    asked = sum(x[0] == "scontrol" for x in cloud.calls)
+    if status:
+        assert "asked 10 times: submit it again" in result.errors[0] and asked == 10
+        assert sum(slept) < 120, "--leave: longer it does not live"
+    else:
+        assert slept == [10, 10, 300] and asked == 3 and not result.errors
+        assert sum("trying again" in x for x in result.told) == 2
 
 
 # Kubernetes
