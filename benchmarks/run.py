@@ -18,7 +18,8 @@ through torch.compile; the faster of the two is the opponent. What makes the rat
 
 Dropout and the draws of noise are on in both, each by its library's own generator: ours also keeps
 the promise that draws depend neither on the batch nor on the devices, which costs it something.
-FLOP/s are the operations of the unoptimised program's network, over the time of the whole step.
+FLOP/s are those of the network's convolutions and matrix products, as `plan` counts them in the
+program before it is optimised, over the time of the whole step: the same work for all sides.
 """
 
 import argparse

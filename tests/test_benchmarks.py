@@ -10,12 +10,16 @@ import sys
 from importlib import util
 from pathlib import Path
 
+import jax
 import numpy as np
 import oracle as answers
 import pytest
 
 from benchmarks import metrics, oracle, samplers
-from cfg_jax import experiment
+from benchmarks import ours as ours_side
+from cfg_jax import executed, experiment, hlo, train
+from cfg_jax.models import affine
+from cfg_jax.runtime import mesh as meshes
 
 ROOT = Path(__file__).parent.parent
 CONFIG = """
@@ -60,11 +64,38 @@ def test_report(tmp_path, beside):
     for r in report["results"]:
         ours = r["sides"]["ours"]
         assert len(ours["seconds"]) == 2 and ours["images_per_s"] > 0 and ours["peak_mib"] > 50
-        assert ours["gflops"] > 0 and r["flops"] > 1e5
+        model = experiment.build(experiment.load_config(str(config)))
+        assert r["flops"] == ours_side.operations(model, r["task"]) > 1e5
+        assert ours["gflops"] == pytest.approx(r["flops"] / ours["median_s"] / 1e9)
         assert ("ratio" in r) == beside
         if beside:
             assert r["sides"]["torch eager"]["errors"]
     assert "| side |" in result.stdout and f"{config.stem}" in result.stdout
+
+
+def test_products_alone_are_counted_and_on_every_machine_the_same():
+    x = jax.ShapeDtypeStruct((4, 8, 8, 16), np.float32)
+    kernel = jax.ShapeDtypeStruct((3, 3, 16, 5), np.float32)
+    forward = 2 * 4 * (3 * 8 - 2) ** 2 * 16 * 5
+
+    def loss(kernel, x):
+        return jax.numpy.sum(jax.numpy.tanh(affine.convolve(x, kernel)) ** 2)
+
+    assert ours_side.products(loss, kernel, x) == forward
+    assert ours_side.products(jax.grad(loss), kernel, x) == 2 * forward, "nor as a CPU has it"
+
+
+def test_operations_are_those_of_the_plan(tmp_path):
+    """Of the job's own step, counted as `plan` counts it."""
+    config = tmp_path / "small.py"
+    config.write_text(CONFIG)
+    model = experiment.build(experiment.load_config(str(config)))
+    step = train.make_step(model, meshes.make_mesh(1, jax.devices()[:1]))
+    program = step.run.trace(step.shapes, step.frozen, step.rows, jax.random.key(0))
+    text = program.lower(lowering_platforms=("tpu",)).as_text("hlo")
+    assert ours_side.operations(model, "train") == executed.flops(hlo.parse(text))
+    forward = ours_side.operations(model, "sample") / (2 * model.sample.steps)
+    assert 2 < ours_side.operations(model, "train") / forward < 3, "an image has no gradient"
 
 
 def test_what_is_asked_wrongly_is_told_in_a_line():
