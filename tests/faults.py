@@ -2,7 +2,7 @@
 
     python tests/faults.py [--kills=20] [--steps=2000] [--seed=0]
 
-prints a table of what was seen. `test_faults.py` does most of them in small. Every fault returns
+prints a table of what was seen. `test_faults.py` does all of them in small. Every fault returns
 what was seen; what must hold is asserted here, so that neither can look away.
 """
 

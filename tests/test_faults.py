@@ -25,12 +25,16 @@ def test_sigterm(cli, expected, tmp_path):
     faults.sigterm(cli, tmp_path, expected, steps=STEPS)
 
 
+def test_a_newest_checkpoint_cut_short(cli, expected, tmp_path):
+    faults.truncated(cli, tmp_path, expected, steps=STEPS)
+
+
 def test_a_full_disk(cli, expected):
     if faults.full_disk(cli, expected, steps=STEPS) is None:
         pytest.skip("NOT TESTED: a full disk. It needs the right to mount a tmpfs (run as root)")
 
 
-@pytest.mark.parametrize("victim, signal", [(0, 9), (1, 9), (1, 15)])
+@pytest.mark.parametrize("victim, signal", [(0, 9), (1, 9), (0, 15), (1, 15)])
 def test_one_process_of_two(cli, tmp_path, victim, signal):
     faults.one_of_two(cli, tmp_path / "run", victim=victim, signal=signal)
 
