@@ -132,6 +132,18 @@ def test_images_are_central_squares_resized_by_area(archives, prepared, split):
         assert np.abs(image - expected_image(content, 64)).max() <= 0.5 + 1e-9, name
 
 
+def test_the_same_archives_at_128_pixels(archives, tmp_path, in_threads):
+    counts = prepare.prepare(
+        "imagenet128", str(tmp_path), str(archives[0]), workers=1, partial=True
+    )
+    assert counts == {"train": 12, "validation": 12}
+    got = datasets.DATASETS["imagenet128"](data_dir=str(tmp_path)).load("train")
+    wanted = archives[1]["train"]
+    assert got.labels.tolist() == [label for _, label, _ in wanted]
+    for image, (name, _, content) in zip(got.images, wanted):
+        assert np.abs(image - expected_image(content, 128)).max() <= 0.5 + 1e-9, name
+
+
 def test_other_shapes_of_the_same(archives):
     """128 pixels from the same function, and transparent or palette images, which are RGB too."""
     content = archives[1]["train"][0][2]
