@@ -15,7 +15,7 @@ import numpy as np
 import oracle as answers
 import pytest
 
-from benchmarks import metrics, oracle, samplers
+from benchmarks import metrics, oracle, precision, samplers
 from benchmarks import ours as ours_side
 from cfg_jax import executed, experiment, hlo, train
 from cfg_jax.models import affine
@@ -212,6 +212,22 @@ def test_a_budget_pays_for_as_many_levels_as_guidance_leaves(sampler, w, steps, 
     config = experiment.SCHEMA.complete(experiment.load_config("digits"))
     some = samplers.with_budget(config, {"name": sampler}, "uniform_lambda", w, 9)
     assert (some.sample.steps, samplers.cost(some, w)) == (steps, spent)
+
+
+@pytest.mark.slow
+def test_what_bfloat16_costs_is_told(tmp_path):
+    """Two curves side by side, and errors that grow where rounding drowns the noise."""
+    config = tmp_path / "small.py"
+    config.write_text(CONFIG)
+    few = (f"--config={config}", "--steps=10")
+    result = bench(*few, module="precision", **QUICK)
+    assert result.returncode == 0, result.stderr[-3000:]
+    curves = re.findall(r"^\| (\d+) \| ([\d.]+) \| ([\d.]+) \|$", result.stdout, re.M)
+    assert [int(step) for step, *_ in curves] == list(range(1, 11))
+    assert all(abs(float(single) - float(half)) < 0.05 for _, single, half in curves)
+    errors = re.findall(r"^\| (\S+) \| ([\d.]+) % \| [\d.]+ \|$", result.stdout, re.M)
+    assert [name for name, _ in errors] == ["p(lambda)", *(f"lam={x:g}" for x in precision.LAMS)]
+    assert all(0 < float(error) < 20 for _, error in errors)
 
 
 @pytest.mark.slow
