@@ -160,6 +160,22 @@ def test_one_and_eight_devices_train_the_same(cli, tiny, tmp_path):
         states.append(final_state(workdir))
     assert distance(states[1], states[0]) < 1e-4
     assert distance(states[2], states[0]) < 1e-4
+    # And each goes on from the other's checkpoint, whole on one device or split over four.
+    ends = []
+    for begun, devices, fsdp in (("1_1", 8, 4), ("8_4", 1, 1)):
+        result = cli(
+            "train",
+            *tiny,
+            f"--workdir={tmp_path / begun}",
+            "--config.train.steps=25",
+            f"--config.train.fsdp={fsdp}",
+            "--config.model.dropout=0.1",
+            env={"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"},
+        )
+        assert result.status == 0, result.err[-3000:]
+        assert "going on from step 20 of 25" in result.err and f"on {devices} devices" in result.err
+        ends.append(final_state(tmp_path / begun))
+    assert distance(ends[1], ends[0]) < 1e-4
 
 
 @pytest.mark.slow
@@ -268,6 +284,13 @@ def test_parts_of_a_batch_have_the_gradient_of_the_batch():
         assert "scan" in loops
 
 
+@pytest.fixture
+def tiny_model():
+    config = experiment.load_config("digits")
+    config["model"] |= {"channels": 8, "head_channels": 8, "channel_mult": (1, 1)}
+    return experiment.build(config)
+
+
 def compiled_step(mesh):
     """The training step of a bfloat16 network, and its text compiled for a mesh."""
     config = experiment.load_config("digits")
@@ -280,6 +303,14 @@ def compiled_step(mesh):
         meshes.placed(step.shapes, step.shardings), {}, rows, jax.random.key(0)
     )
     return step, program.compile(compiler_options={"xla_backend_optimization_level": 0}).as_text()
+
+
+def test_the_state_is_donated(tiny_model):
+    """Each array of it is given back in its own place: a step needs no second state."""
+    step = train.make_step(tiny_model, meshes.make_mesh(1, jax.devices()[:1]))
+    state = meshes.placed(step.shapes, step.shardings)
+    text = step.run.lower(state, step.frozen, step.rows, jax.random.key(0)).as_text()
+    assert text.count("tf.aliasing_output") == len(jax.tree.leaves(step.shapes)) > 100
 
 
 @pytest.mark.slow
@@ -328,6 +359,44 @@ def test_the_wait_for_data_is_told(monkeypatch):
         assert item == "abc"[step]
         steps.add(step, {"loss": jnp.float32(1)})
     assert steps.close(4)["data_wait"] == pytest.approx(3 / 7)  # 7
+
+
+ON_A_CLUSTER = {
+    "named": (
+        {
+            "JAX_COORDINATOR_ADDRESS": "host:1",
+            "JAX_NUM_PROCESSES": "4",
+            "JAX_PROCESS_ID": "2",
+        },
+        (("host:1",), {"num_processes": 4, "process_id": 2}),
+    ),
+    "Slurm": ({"SLURM_STEP_NUM_TASKS": "8"}, ((), {})),
+    "Slurm, one task": ({"SLURM_STEP_NUM_TASKS": "1"}, None),
+    "Open MPI": ({"OMPI_COMM_WORLD_SIZE": "2"}, ((), {})),
+    "TPUs of Kubernetes": ({"TPU_WORKER_HOSTNAMES": "a,b"}, ((), {})),
+    "one of them": ({"TPU_WORKER_HOSTNAMES": "a", "JAX_PLATFORMS": ""}, None),
+    "TPUs on the bus": ({"JAX_PLATFORMS": "tpu,cpu"}, ((), {})),
+    "TPUs, and a CPU wanted": ({"JAX_PLATFORMS": "cpu"}, None),
+    "asked for": ({"requested": True}, ((), {})),
+}
+
+
+@pytest.mark.parametrize("case", ON_A_CLUSTER)
+def test_a_cluster_is_detected(case, monkeypatch):
+    env, joined = ON_A_CLUSTER[case]
+    names = ("JAX_NUM_PROCESSES", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+    for name in (*names, "TPU_WORKER_HOSTNAMES", "TPU_SKIP_MDS_QUERY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    env = dict(env)
+    requested = env.pop("requested", False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(meshes, "_has_tpu", lambda: True)
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **k: calls.append((a, k)))
+    meshes.initialize_distributed(requested, saves=True)
+    assert calls == ([] if joined is None else [joined])
 
 
 @pytest.mark.parametrize(
