@@ -80,8 +80,9 @@ class Ours:
     def __init__(self, config: str, task: str, folder: str, steps: int | None = None):
         self.base_mib = turns.resident_mib()
         config = load_config(config, steps)
-        meshes.split_cpu(config["train"]["batch_size"])
         self.model = experiment.build(config)
+        at_most = self.model.cpu_devices if task == "train" else None
+        meshes.split_cpu(self.model.train.batch_size, at_most)
         self.mesh = meshes.make_mesh()
         self.folder, self.task = Path(folder), task
         self.key = jax.random.key(0)

@@ -55,7 +55,8 @@ def main() -> None:
         "checkpoint_every": options.steps,
         "sample_every": 0,
     }
-    meshes.split_cpu(config["train"]["batch_size"])
+    model = experiment.build(config)
+    meshes.split_cpu(model.train.batch_size, model.cpu_devices)
     with tempfile.TemporaryDirectory() as home:
         curves = {}
         for dtype in DTYPES:

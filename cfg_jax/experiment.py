@@ -51,6 +51,19 @@ class Experiment:
         loss = self.config["loss"]
         return (loss["w_min"], loss["w_max"]) if self.teacher else None
 
+    @property
+    def cpu_devices(self) -> int | None:
+        """The most XLA devices that a CPU should train it on: 1 for a small step, else all.
+
+        Two devices sum their gradients with a meeting for each array, however small it is, and gain
+        the more on two threads of one the more work a convolution is. They break even at batch x
+        pixels x channels^2 = 2^23 (docs/speed.md).
+        """
+        height, width, _ = self.dataset.image_shape
+        channels = self.config["model"]["channels"]
+        small = self.train.batch_size * height * width * channels**2 <= 2**23
+        return 1 if small and self.train.fsdp == 1 else None
+
 
 # Rules stand around rules: sample.guidance.rule is the one inside, and so on down.
 RULES = tuple("sample.guidance" + depth * ".rule" for depth in range(5))

@@ -265,7 +265,8 @@ def _define_flags() -> None:
 def main(config: dict[str, Any]) -> None:
     """Trains. What stops a run that was well begun is one line and exit status 1."""
     meshes.initialize_distributed(FLAGS.distributed, saves=True)
-    meshes.split_cpu(config["train"]["batch_size"])
+    model = experiment.build(config)
+    meshes.split_cpu(model.train.batch_size, model.cpu_devices)
     meshes.keep_compiled(FLAGS.workdir)
     try:
         done = train(

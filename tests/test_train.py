@@ -37,6 +37,22 @@ def test_the_ema_is_the_mean_of_the_parameters_that_its_formula_says(tmp_path):
     np.testing.assert_allclose(average["p"], expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "section, change, most",
+    [
+        ("train", {}, 1),
+        ("train", {"batch_size": 512}, 1),
+        ("train", {"batch_size": 513}, None),
+        ("train", {"fsdp": 2}, None),
+        ("model", {"channels": 64}, None),
+    ],
+)
+def test_a_small_step_takes_one_device_of_a_cpu(section, change, most):
+    config = experiment.SCHEMA.complete(experiment.load_config("digits"))
+    config[section] |= change
+    assert experiment.build(config).cpu_devices == most
+
+
 @pytest.mark.slow
 def test_training_learns(cli, tiny, tmp_path):
     run = [*tiny, f"--workdir={tmp_path}", "--config.train.steps=100"]
@@ -65,6 +81,7 @@ def test_a_truncated_newest_checkpoint_falls_back_to_the_one_before(cli, tiny, t
         again = cli("train", *tiny, f"--workdir={workdir}", "--config.train.steps=20")
         assert again.status == 0, again.err[-3000:]
         assert "checkpoint 20" in again.err and "going on from step 10" in again.err
+        assert "on 1 devices (cpu)" in again.err, "too small for more"
         assert len(list((workdir / "unreadable").glob("*/20"))) == times
         assert_equal(final_state(workdir), final_state(trained))
         truncate(newest)

@@ -88,9 +88,9 @@ def lost_another(error: Exception) -> bool:
     )
 
 
-def split_cpu(batch_size: int) -> None:
+def split_cpu(batch_size: int, at_most: int | None = None) -> None:
     """Makes a CPU a small pod: as many XLA devices as the largest divisor of the batch up to its
-    cores.
+    cores, or up to `at_most`.
 
     XLA runs a narrow convolution on one thread a device, so this is also what makes a CPU fast.
     Devices stay as they are where they were chosen already, or once jax has started; other backends
@@ -110,7 +110,8 @@ def split_cpu(batch_size: int) -> None:
             return
         batch_size //= int(os.environ["JAX_NUM_PROCESSES"])
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    devices = max([n for n in range(1, (cores or 1) + 1) if batch_size % n == 0], default=1)
+    most = min(cores or 1, at_most or cores or 1)
+    devices = max([n for n in range(1, most + 1) if batch_size % n == 0], default=1)
     try:
         jax.config.update("jax_num_cpu_devices", devices)
     except RuntimeError:  # the backend is up: a notebook, say, that has used jax already
