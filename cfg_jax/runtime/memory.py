@@ -7,7 +7,7 @@ import sys
 _OPTIONS = (
     (-8, 1),  # M_ARENA_MAX
     (-4, 0),  # M_MMAP_MAX
-    (-1, 2**31 - 1),  # M_TRIM_THRESHOLD
+    (-1, -1),  # M_TRIM_THRESHOLD: none
 )
 
 
