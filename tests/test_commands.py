@@ -133,12 +133,13 @@ class Place:
         """A run from nothing: what one page has trained is there for the others."""
         workdir = self.folder / pages.flags(args)["workdir"]
         settings = sorted(a for a in args if not a.startswith("--workdir="))
-        kept = self.home / hashlib.sha256(repr(settings).encode()).hexdigest()
+        kept = self.home.with_name("kept") / hashlib.sha256(repr(settings).encode()).hexdigest()
         if kept.exists():
             shutil.copytree(kept, workdir)
         else:
             self.call("train", args)
-            shutil.copytree(workdir, kept)
+            if not self.lacks:
+                shutil.copytree(workdir, kept)
 
     def call(self, job, args):
         named, small = pages.flags(args), SMALL.get(job, [])
@@ -224,6 +225,5 @@ def test_the_page_works(page, house, cli, tmp_path, monkeypatch):
         for name, dtype, shape in arrays:
             assert (names[name].dtype, names[name].shape) == (dtype, shape), code
         assert all(Path(file).exists() for file in files), code
-
     if here.lacks:
         pytest.skip(f"NOT TESTED: {here.lacks}")
