@@ -11,7 +11,6 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,9 +26,6 @@ from cfg_jax.types import Guidance, Params, UsageError
 # alone are of the entry that the model's config has.
 Entry = str | Mapping[str, Any]
 Rule = Callable[[Any], Guidance]  # w -> a guidance rule
-
-# The models that come with the package, by name; trained/README.md says what made them.
-SHIPPED = {f.stem: f for f in (Path(__file__).parent / "trained").glob("*.safetensors")}
 
 
 class Model:
@@ -234,7 +230,7 @@ def load(
 
 
 def _find(path: str | os.PathLike) -> str:
-    path = str(SHIPPED.get(str(path), path))
+    path = str(stored.SHIPPED.get(str(path), path))
     try:
         found = epath.Path(path).exists()
     except ImportError as error:  # gcsfs, for gs://
@@ -242,6 +238,6 @@ def _find(path: str | os.PathLike) -> str:
     if not found:
         raise UsageError(
             f"{path!r} is no training folder, no .safetensors file, and not the name of a model "
-            f"that ships ({', '.join(sorted(SHIPPED))})."
+            f"that ships ({', '.join(sorted(stored.SHIPPED))})."
         )
     return path

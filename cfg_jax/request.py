@@ -1,5 +1,8 @@
 """What may be asked of a model, and what it costs: labels, strengths, seeds, rules, and a second
 network that guides it.
+
+The jobs and `cfg_jax.load` ask alike, so a mistake names the setting and no flag: `weak` is --weak
+to the one and weak= to the other, `sample.negative` --config.sample.negative and negative=.
 """
 
 import warnings
@@ -31,32 +34,32 @@ def check_guidance(
     experiment.check_pair(rule, model.sampler)
     if model.is_classifier:
         raise UsageError(
-            "--workdir holds a classifier: it guides (--classifier), it does not sample."
+            "this is a classifier: it guides another model (classifier=DIR), it does not sample."
         )
     name, kind = model.sample.guidance["name"], guide and role(guide)
     if (rule.second == "classifier") != (kind == "classifier"):
         raise UsageError(
-            f"sample.guidance.name={name!r}: classifier guidance needs --classifier=DIR and "
-            "--config.sample.guidance.name=classifier, and no other rule takes a classifier."
+            f"sample.guidance.name={name!r}: classifier guidance needs classifier=DIR and "
+            "sample.guidance.name=classifier, and no other rule takes a classifier."
         )
     if rule.second != "reference" and (kind == "weak" or model.sample.negative):
-        given = "--weak" if kind == "weak" else "sample.negative"
+        given = "weak" if kind == "weak" else "sample.negative"
         raise UsageError(
             f"{given} with sample.guidance.name={name!r}: it takes the place of the unconditional "
             "model, of which this rule makes no use; classifier_free does."
         )
     if guide is not None:
-        check_same_images(f"--{kind}", guide, model)
+        check_same_images(kind, guide, model)
     if (type(rule) is guidance.Distilled) != (model.w_range is not None):
         raise UsageError(
             f"sample.guidance.name={name!r}: a student has its guidance inside and is sampled by "
             "'distilled' alone, and nothing else is."
         )
     if kind == "weak" and guide.w_range is not None:
-        raise UsageError("--weak holds a student, which is guided itself: take its teacher.")
+        raise UsageError("weak holds a student, which is guided itself: take its teacher.")
     if kind == "weak" and guide.reading.outputs != model.reading.outputs:
         raise UsageError(
-            "--weak: one of the two networks tells a variance and the other does not, and so they "
+            "weak: one of the two networks tells a variance and the other does not, and so they "
             "are no pair; take two of one kind."
         )
     null = rule.second == "reference" and kind is None and not model.sample.negative
@@ -64,8 +67,8 @@ def check_guidance(
         raise UsageError(
             f"w={[float(s) for s in w if s]}: this model has no null label (p_uncond = "
             f"{model.config['loss']['p_uncond']:g}), so only w=0 can be sampled; train with "
-            "loss.p_uncond between 0 and 1, or guide by --weak=DIR or away from "
-            "--config.sample.negative=LABEL."
+            "loss.p_uncond between 0 and 1, or guide by weak=DIR or away from "
+            "sample.negative=LABEL."
         )
     if model.w_range is not None:
         low, high = np.float32(model.w_range)
@@ -142,7 +145,7 @@ def levels(model: experiment.Experiment) -> np.ndarray:
     if grid == "uniform_u" and model.sampler.order > 1 and len(lams) < FEW:
         warnings.warn(
             f"sample.sampler {name!r} on sample.grid 'uniform_u' with {len(lams)} steps: the first "
-            "and the last of them are too long for it. --config.sample.grid=uniform_lambda is "
+            "and the last of them are too long for it. sample.grid=uniform_lambda is "
             "better, below 64 steps edm.",
             stacklevel=2,
         )

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,6 +12,9 @@ from cfg_jax.models import weights
 from cfg_jax.runtime import checkpoint
 from cfg_jax.runtime import mesh as meshes
 from cfg_jax.types import Params, UsageError
+
+# The models that come with the package, by name; trained/README.md says what made them.
+SHIPPED = {f.stem: f for f in (Path(__file__).parent / "trained").glob("*.safetensors")}
 
 
 def _is_export(path: str) -> bool:
@@ -31,6 +35,12 @@ def saved_config(path: str, flag: str = "--workdir") -> dict[str, Any]:
     else:
         config = checkpoint.read_config(path) if path else None
     if config is None:
+        if path in SHIPPED:
+            out = " --out=DIR" if flag == "--workdir" else ""
+            raise UsageError(
+                f"{flag}={path} holds no trained model; the one that ships with the package is "
+                f"{flag}={SHIPPED[path]}{out}"
+            )
         raise UsageError(
             f"{flag}={path} holds no trained model: "
             "python -m cfg_jax.train --config=digits --workdir=DIR makes one."
@@ -75,7 +85,7 @@ def open_guide(flag: str, path: str | None) -> experiment.Experiment | None:
     if flag.endswith("weak") and guide.is_classifier:
         raise UsageError(
             f"{flag}={path} holds a classifier: a weaker model of the same images is needed, with "
-            "fewer channels or steps; a classifier guides by --classifier."
+            "fewer channels or steps; a classifier guides as classifier=DIR."
         )
     return guide
 

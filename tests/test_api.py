@@ -1,6 +1,7 @@
 """The Python API: settings of the chain by argument, the way there, and the model that ships."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 from sklearn import datasets, neighbors
 
 import cfg_jax
-from cfg_jax import api, experiment, generator
+from cfg_jax import experiment, generator, stored
 from cfg_jax.diffusion import samplers
 
 ROOT = Path(__file__).parent.parent
@@ -95,6 +96,8 @@ def test_the_trajectory_ends_in_the_image(model, sampler):
         (lambda m: m.sample([10]), "outside the classes 0 to 9"),
         (lambda m: m.sample(LABELS, w=-2.0), "w=-2.0"),
         (lambda m: m.sample(LABELS, w=[1.0]), "must be of one length"),
+        (lambda m: m.sample(LABELS, guidance="cosine", negative=[12]), "negative [12] are outside"),
+        (lambda m: m.sample(LABELS, guidance="scaled_score", negative=[3]), "sample.negative with"),
         (lambda m: m.trajectory(LABELS, every=0), "every=0"),
         (lambda m: cfg_jax.load("digit"), "(digits)"),
         (lambda m: cfg_jax.load("digits", classifier="digits"), "holds no classifier"),
@@ -105,6 +108,7 @@ def test_a_mistake_says_what_would_be_right(model, call, told):
     with pytest.raises(cfg_jax.UsageError) as raised:
         call(model)
     assert told in str(raised.value) and "\n" not in str(raised.value)
+    assert "--" not in str(raised.value), "a flag is no argument"
 
 
 def test_a_bucket_wants_an_extra(monkeypatch):
@@ -119,12 +123,22 @@ def test_what_config_gives_is_a_copy(model):
 
 
 def test_the_digits_that_ship_are_small_and_say_what_made_them():
-    assert api.SHIPPED["digits"].stat().st_size < 2e6
+    assert stored.SHIPPED["digits"].stat().st_size < 2e6
     model = cfg_jax.load("digits")
     assert repr(model) == "<Model of digits: 10 classes, 8x8x1, step 1500>"
     described = experiment.SCHEMA.complete(experiment.load_config("digits"))
     assert model.config == described, "what configs/digits.py says"
-    assert "--config=digits" in (api.SHIPPED["digits"].parent / "README.md").read_text()
+    assert "--config=digits" in (stored.SHIPPED["digits"].parent / "README.md").read_text()
+
+
+def test_the_jobs_are_told_where_the_model_that_ships_is(cli, tmp_path):
+    few = ["--w=0", "--labels=3", "--per_label=1", "--config.sample.steps=2"]
+    result = cli("sample", "--workdir=digits", *few, cwd=tmp_path)
+    (line,) = result.errors
+    assert result.status == 2 and not any(tmp_path.iterdir())
+    workdir, out = re.search(r"is (--workdir=\S+) (--out=DIR)$", line).groups()
+    assert cli("sample", workdir, out, *few, cwd=tmp_path).status == 0
+    assert (tmp_path / "DIR" / "samples_w0.png").exists()
 
 
 @pytest.mark.slow

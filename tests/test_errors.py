@@ -128,7 +128,7 @@ SAMPLING = {
     ),
     "a rule without its classifier": (
         ["--config.sample.guidance.name=classifier"],
-        ["--classifier"],
+        ["classifier=DIR"],
     ),
     "a classifier that is none": (
         ["--config.sample.guidance.name=classifier", "--classifier=HERE"],
