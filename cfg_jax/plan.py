@@ -146,7 +146,7 @@ def main(config: dict[str, Any]) -> None:
     model = experiment.build(config)
     variants = parse_variants(FLAGS.variants, config)
     if FLAGS.topology == "cpu":
-        meshes.split_cpu(model.train.batch_size, model.cpu_devices)
+        meshes.split_cpu(model.train.batch_size)
     target = chips.target(FLAGS.topology)
     devices = len(target.devices)
     if FLAGS.search and target.capacity is None:

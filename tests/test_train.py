@@ -1,7 +1,11 @@
 """The training job as a user meets it: what it leaves behind, and that stopping costs nothing."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +15,7 @@ from faults import assert_equal, distance, final_state, run_together
 
 from cfg_jax import experiment, hlo, reconstruct, stored, traffic, train, train_step
 from cfg_jax.models import affine, weights
-from cfg_jax.runtime import checkpoint, profile, window
+from cfg_jax.runtime import checkpoint, memory, profile, window
 from cfg_jax.runtime import mesh as meshes
 from cfg_jax.types import UsageError
 
@@ -51,6 +55,42 @@ def test_a_small_step_takes_one_device_of_a_cpu(section, change, most):
     config = experiment.SCHEMA.complete(experiment.load_config("digits"))
     config[section] |= change
     assert experiment.build(config).cpu_devices == most
+
+
+@pytest.mark.parametrize(
+    "batch, at_most, processes, devices",
+    [(128, None, 1, 4), (128, 1, 1, 1), (6, None, 1, 3), (6, None, 2, 3), (7, 2, 1, 1)],
+)
+def test_a_cpu_is_split_into_devices_that_divide_the_batch(
+    batch, at_most, processes, devices, monkeypatch
+):
+    asked = {}
+    monkeypatch.setattr(memory, "keep", lambda: None)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
+    monkeypatch.setattr(
+        jax,
+        "config",
+        types.SimpleNamespace(
+            jax_platforms="cpu", jax_num_cpu_devices=-1, update=asked.__setitem__
+        ),
+    )
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: processes > 1)
+    monkeypatch.setenv("JAX_NUM_PROCESSES", str(processes))
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    meshes.split_cpu(batch, at_most)
+    assert asked == {"jax_num_cpu_devices": devices}
+
+
+def test_devices_can_be_chosen_after_a_config_was_read():
+    """`train` builds a model to know how many it wants: jax must not have started by then."""
+    code = (
+        "import jax; from cfg_jax import experiment; "
+        "experiment.build(experiment.load_config('digits')); "
+        "jax.config.update('jax_num_cpu_devices', 3); print(len(jax.devices()))"
+    )
+    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert told.stdout == "3\n", told.stderr[-2000:]
 
 
 @pytest.mark.slow

@@ -92,7 +92,8 @@ def split_cpu(batch_size: int, at_most: int | None = None) -> None:
     """Makes a CPU a small pod: as many XLA devices as the largest divisor of the batch up to its
     cores, or up to `at_most`.
 
-    XLA runs a narrow convolution on one thread a device, so this is also what makes a CPU fast.
+    XLA shares a convolution badly among the threads of a device, so this is also what makes a CPU
+    fast, but for steps whose devices meet too often (`Experiment.cpu_devices`).
     Devices stay as they are where they were chosen already, or once jax has started; other backends
     ignore it. Where there is nothing but a CPU, the process also keeps the memory that it frees:
     `memory.keep`.
