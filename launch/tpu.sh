@@ -401,7 +401,8 @@ run() {
         ;;
     esac
 
-    if ! state=$(ask_job 0 none); then
+    # ABSENT: the node is gone between the two questions, or is READY to the one and not the other.
+    if ! state=$(ask_job 0 none) || [[ $state == ABSENT* ]]; then
       silent=$((silent + 1))
       [ $silent -lt 10 ] || failed "worker 0 of $name does not answer: $(why)"
       nap
@@ -447,7 +448,6 @@ run() {
         count_rerun "the job was interrupted, and $name is $seen still" "starting it again"
         started=false
         ;;
-      ABSENT*) ;; # gone between the two questions: look again
       none*)
         count_rerun "$name has lost the job" "starting it again"
         started=false

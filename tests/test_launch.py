@@ -316,6 +316,22 @@ def test_a_cloud_that_is_silent_for_a_while_is_borne(pod):
     assert "the cloud does not say how pod is: ERROR: (gcloud) the connection" in result.errors[0]
 
 
+@linux_only
+def test_a_node_that_is_ready_and_not_found_is_looked_at_again(pod):
+    not_found = ["ERROR: (gcloud) NOT_FOUND: no node pod"]
+    pod.says(fail=["*worker.sh state*"] * 3, refusal=not_found)
+    result = pod("tpu.sh", *RUN)
+    assert result.status == 0 and pod.steps == ["start all"], result.err
+
+    pod.says(fail=["*worker.sh state*"] * 99, calls=[])
+    (pod.folder / "bin" / "sleep").symlink_to("recorder")
+    result = pod("tpu.sh", *RUN)
+    assert result.status == 1
+    assert result.errors == [f"error: worker 0 of pod does not answer: {not_found[0]}"]
+    seen = [short(x) for x in pod.calls]
+    assert seen.count("ask 0") == 10 and seen.count("sleep") == 9
+
+
 # TPU: what happens when a call fails
 
 FAILS = {
