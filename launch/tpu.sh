@@ -120,6 +120,15 @@ hint() {
   quoted bash launch/tpu.sh "$1" --name="$name" "${place[@]}"
 }
 
+# The verb create, with all that was given of what it makes.
+hint_create() {
+  local given=(--type="${type:-TYPE}")
+  ! $spot || given+=(--spot)
+  [ "$version" = "$(image_for "$type")" ] || given+=(--version="$version")
+  [ -z "$create_flags" ] || given+=(--create_flags="$create_flags")
+  echo "$(hint create) $(quoted "${given[@]}")"
+}
+
 # ask ANSWER COMMAND: what the cloud says, ABSENT where it knows no such thing; status 1, and why in
 # $scratch/why, where it says nothing. A dry run prints the command and takes ANSWER for it.
 ask() {
@@ -224,7 +233,7 @@ wait_until_ready() {
     case $phase in
       ready) return ;;
       waiting) nap ;;
-      absent) failed "$name is not there: $(hint create) --type=TYPE" ;;
+      absent) failed "$name is not there: $(hint_create)" ;;
       still) failed "$name is $seen, by somebody's hand: start it, or $(hint delete)" ;;
       lost) return 1 ;;
     esac
@@ -329,7 +338,7 @@ make_again() {
         ;;
       absent,*)
         what="made again"
-        how="$(hint create) --type=$type$(! $spot || echo " --spot"), and run again"
+        how="$(hint_create), and run again"
         if request; then return; fi
         ;;
       waiting,DELETING | waiting,SUSPENDING)
@@ -384,7 +393,7 @@ run() {
     case $phase in
       absent)
         if $started; then failed "$name was deleted: the job goes on from its workdir elsewhere"; fi
-        failed "$name is not there: $(hint create) --type=$type"
+        failed "$name is not there: $(hint_create)"
         ;;
       still) failed "$name is $seen, by somebody's hand: start it, or $(hint delete)" ;;
       waiting)

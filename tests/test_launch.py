@@ -473,6 +473,31 @@ def test_what_no_patience_mends_ends_at_once(pod, refusal, again):
 
 
 @linux_only
+@pytest.mark.parametrize("where", ["made again", "not there"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--create_flags=--internal-ips"],
+        ["--create_flags=--internal-ips --labels=a=b", "--version=other", "--project=mine"],
+    ],
+)
+def test_what_is_told_to_create_makes_what_was_asked_for(pod, where, options):
+    if where == "made again":
+        pod.says(fail=["*queued-resources create*"], refusal=["ERROR: (gcloud) INVALID_ARGUMENT"])
+        pod.jobs([f"{PREEMPTED}; exit 75"], ["exit 75"])
+    else:
+        pod.says(queued=["ABSENT"])
+    result = pod("tpu.sh", "run", *POD, *options, *QUICK, *JOB)
+    assert result.status == 1
+    told = result.errors[-1].partition("bash launch/tpu.sh ")[2].removesuffix(", and run again")
+    told = shlex.split(told)
+    assert told[0] == "create" and sorted(told[1:]) == sorted([*POD, *options])
+    pod.says(queued=["ABSENT"], calls=[])
+    assert pod("tpu.sh", *told, *QUICK).status == 0
+    assert "--internal-ips" in next(x for x in pod.calls if short(x) == "create")
+
+
+@linux_only
 @pytest.mark.parametrize("call", ["delete", "create"])
 def test_a_call_that_fails_and_was_done_all_the_same(pod, call):
     """Each try begins with what is there: nothing is deleted or made twice."""
