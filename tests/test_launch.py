@@ -535,20 +535,27 @@ def test_a_start_that_fails_where_the_node_stays_is_borne(pod):
 @linux_only
 def test_a_job_that_is_still_leaving_is_not_started_nor_hurried(pod):
     """Told to stop by somebody, it saves in peace."""
-    leave = "trap 'sleep 1; exit 75' TERM; echo step 7; while true; do sleep 0.1; done"
+    saves = "until [ -e $CLOUD/saved ]; do sleep 0.05; done; exit 75"
+    leave = f"trap '{saves}' TERM; echo step 7; while true; do sleep 0.05; done"
     pod.jobs([leave], [leave])
     assert pod("tpu.sh", "run", *POD, *QUICK, "--nowatch", *JOB).status == 0
+    deadline = time.monotonic() + 60
+    jobs = [pod.folder / "worker" / n / "cfg_jax_job" for n in "01"]
+    while not all("step 7" in (job / "log").read_text() for job in jobs):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
     assert pod("tpu.sh", "stop", *POD).status == 0
     result = pod("tpu.sh", *RUN)
     assert result.status == 1 and "did not start on every worker of pod" in result.errors[-1]
     assert "error: the job on worker-0 was told to stop, and is still leaving" in result.errors
     assert "worker-0: was told before" in result.out
-    end = pod.folder / "worker" / "0" / "cfg_jax_job" / "status"
-    deadline = time.monotonic() + 20
-    while not end.exists():
+    ends = [job / "status" for job in jobs]
+    assert not any(end.exists() for end in ends)
+    (pod.folder / "saved").touch()
+    while not all(end.exists() for end in ends):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    assert end.read_text() == "75\n"
+    assert [end.read_text() for end in ends] == ["75\n", "75\n"]
 
 
 @pytest.mark.parametrize(
