@@ -524,11 +524,16 @@ def test_a_deletion_under_way_is_waited_for(pod):
 def test_a_start_that_fails_where_the_node_stays_is_borne(pod):
     """After maintenance, with no re-creation: the workers that did start are not taken for a job
     that somebody stopped."""
-    fails = "echo '*worker.sh start*' >>$CLOUD/fail"
-    pod.jobs([f"{fails}; exit 75", "exit 0"], ["exit 75", "exit 0"])
+    fails = "echo '*worker.sh start*' >>$CLOUD/late"
+    third = "until [ $(grep -c 'worker.sh. start' $CLOUD/calls) -ge 3 ]; do sleep 0.05; done"
+    pod.jobs([f"{fails}; exit 75", third], ["exit 75", third])
     result = pod("tpu.sh", *RUN)
     assert result.status == 0, result.err
-    assert pod.steps == ["start all", "start all", "stop all", "start all"]
+    for worker in "01":
+        assert f"worker-{worker}: told to save and leave" in result.out
+    # One that is still leaving is stopped and started once more.
+    assert pod.steps[:4] == ["start all", "start all", "stop all", "start all"]
+    assert pod.steps[-1] == "start all"
     assert sum("of 20)" in x for x in result.told) == 1
 
 
