@@ -323,9 +323,10 @@ count_rerun() {
 }
 
 # Deletes and requests it, with patience: what failed may have been done all the same, so that each
-# try begins with what is there.
+# try begins with what is there. Deletions and requests are counted apart, and not anew: a
+# request may fail each time, and leave what is to be deleted.
 make_again() {
-  local tries=0 what how
+  local tries deletions=0 requests=0 what how
   while :; do
     case $phase,$seen in
       lost,*) # deleted first: a queued resource that was suspended never comes back
@@ -335,11 +336,13 @@ make_again() {
           phase=absent
           continue
         fi
+        tries=$((deletions += 1))
         ;;
       absent,*)
         what="made again"
         how="$(hint_create), and run again"
         if request; then return; fi
+        tries=$((requests += 1))
         ;;
       waiting,DELETING | waiting,SUSPENDING)
         nap
@@ -348,7 +351,6 @@ make_again() {
         ;;
       *) return ;; # it is on its way, or there
     esac
-    tries=$((tries + 1))
     bear $tries "$name could not be $what" "$how"
     look_patiently
   done

@@ -510,6 +510,27 @@ def test_a_call_that_fails_and_was_done_all_the_same(pod, call):
 
 
 @linux_only
+def test_each_call_of_a_re_creation_has_tries_of_its_own(pod):
+    fails = "for i in {1..7}; do printf '%s\\n' '*resources delete*' '*resources create*'; done"
+    pod.jobs([f"{{ {fails}; }} >>$CLOUD/fail; {PREEMPTED}; exit 75", "exit 0"], ["exit 75", "exit 0"])
+    result = pod("tpu.sh", *RUN)
+    assert result.status == 0, result.err
+    assert pod.steps.count("delete") == pod.steps.count("create") == 8
+
+
+@linux_only
+def test_requests_that_fail_and_leave_what_is_to_be_deleted_end(pod):
+    gcloud = pod.folder / "bin" / "gcloud"
+    gcloud.write_text(gcloud.read_text().replace("WAITING_FOR_RESOURCES ACTIVE", "FAILED"))
+    pod.jobs([f"{PREEMPTED}; exit 75"], ["exit 75"])
+    pod.says(late=["*queued-resources create*"] * 99)
+    result = pod("tpu.sh", *RUN)
+    assert result.status == 1
+    assert "pod could not be made again, tried 10 times" in result.errors[-1]
+    assert pod.steps == ["start all", *10 * ["delete", "create"]]
+
+
+@linux_only
 def test_a_deletion_under_way_is_waited_for(pod):
     states = "printf '%s\\n' SUSPENDED DELETING DELETING ABSENT >$CLOUD/queued"
     pod.jobs([f"{states}; exit 75", "exit 0"], ["exit 75", "exit 0"])
