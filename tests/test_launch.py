@@ -752,10 +752,13 @@ def test_slurm_that_does_not_queue_again(cloud, failures, status):
     asked = sum(x[0] == "scontrol" for x in cloud.calls)
     if status:
         assert "asked 10 times: submit it again" in result.errors[0] and asked == 10
-        assert sum(slept) < 120, "--leave: longer it does not live"
+        assert sum(slept) < 120, "--leave, of which saving has had its part"
     else:
         assert slept == [10, 10, 300] and asked == 3 and not result.errors
-        assert sum("trying again" in x for x in result.told) == 2
+    # Slurm may end it at any of them: each says by itself what to do.
+    refused = [x for x in result.told if "trying again" in x]
+    assert len(refused) == min(failures, 9)
+    assert all(x.endswith("submit it again if nothing follows this line") for x in refused)
 
 
 # Kubernetes
