@@ -512,7 +512,8 @@ def test_a_call_that_fails_and_was_done_all_the_same(pod, call):
 @linux_only
 def test_each_call_of_a_re_creation_has_tries_of_its_own(pod):
     fails = "for i in {1..7}; do printf '%s\\n' '*resources delete*' '*resources create*'; done"
-    pod.jobs([f"{{ {fails}; }} >>$CLOUD/fail; {PREEMPTED}; exit 75", "exit 0"], ["exit 75", "exit 0"])
+    first = f"{{ {fails}; }} >>$CLOUD/fail; {PREEMPTED}; exit 75"
+    pod.jobs([first, "exit 0"], ["exit 75", "exit 0"])
     result = pod("tpu.sh", *RUN)
     assert result.status == 0, result.err
     assert pod.steps.count("delete") == pod.steps.count("create") == 8
