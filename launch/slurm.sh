@@ -40,14 +40,15 @@ in_job() {
   fi
   echo "== told to leave: queued again ($((restarts + 1)) of $max_reruns)" >&2
   # A controller that is being restarted, or is busy, answers a little later; the job has no long to
-  # live, before its time limit or once it was preempted.
+  # live, before its time limit or once it was preempted: Slurm may end it before the last try.
   for ((tries = 1; ; tries++)); do
     ! scontrol requeue "$SLURM_JOB_ID" || break
     if [ $tries -ge 10 ]; then
       echo "error: Slurm did not queue it again, asked $tries times: submit it again, and it goes on" >&2
       exit 1
     fi
-    echo "== Slurm did not queue it again: trying again ($tries of 10)" >&2
+    echo "== Slurm did not queue it again: trying again ($tries of 10); submit it again if nothing" \
+      "follows this line" >&2
     sleep 10
   done
   # Slurm ends this script when it takes the job back: ended before, the job would count as done.

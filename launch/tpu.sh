@@ -120,6 +120,15 @@ hint() {
   quoted bash launch/tpu.sh "$1" --name="$name" "${place[@]}"
 }
 
+# The verb create, with all that was given of what it makes.
+hint_create() {
+  local given=(--type="${type:-TYPE}")
+  ! $spot || given+=(--spot)
+  [ "$version" = "$(image_for "$type")" ] || given+=(--version="$version")
+  [ -z "$create_flags" ] || given+=(--create_flags="$create_flags")
+  echo "$(hint create) $(quoted "${given[@]}")"
+}
+
 # ask ANSWER COMMAND: what the cloud says, ABSENT where it knows no such thing; status 1, and why in
 # $scratch/why, where it says nothing. A dry run prints the command and takes ANSWER for it.
 ask() {
@@ -224,7 +233,7 @@ wait_until_ready() {
     case $phase in
       ready) return ;;
       waiting) nap ;;
-      absent) failed "$name is not there: $(hint create) --type=TYPE" ;;
+      absent) failed "$name is not there: $(hint_create)" ;;
       still) failed "$name is $seen, by somebody's hand: start it, or $(hint delete)" ;;
       lost) return 1 ;;
     esac
@@ -314,9 +323,10 @@ count_rerun() {
 }
 
 # Deletes and requests it, with patience: what failed may have been done all the same, so that each
-# try begins with what is there.
+# try begins with what is there. Deletions and requests are counted apart, and not anew: a
+# request may fail each time, and leave what is to be deleted.
 make_again() {
-  local tries=0 what how
+  local tries deletions=0 requests=0 what how
   while :; do
     case $phase,$seen in
       lost,*) # deleted first: a queued resource that was suspended never comes back
@@ -326,11 +336,13 @@ make_again() {
           phase=absent
           continue
         fi
+        tries=$((deletions += 1))
         ;;
       absent,*)
         what="made again"
-        how="$(hint create) --type=$type$(! $spot || echo " --spot"), and run again"
+        how="$(hint_create), and run again"
         if request; then return; fi
+        tries=$((requests += 1))
         ;;
       waiting,DELETING | waiting,SUSPENDING)
         nap
@@ -339,7 +351,6 @@ make_again() {
         ;;
       *) return ;; # it is on its way, or there
     esac
-    tries=$((tries + 1))
     bear $tries "$name could not be $what" "$how"
     look_patiently
   done
@@ -384,7 +395,7 @@ run() {
     case $phase in
       absent)
         if $started; then failed "$name was deleted: the job goes on from its workdir elsewhere"; fi
-        failed "$name is not there: $(hint create) --type=$type"
+        failed "$name is not there: $(hint_create)"
         ;;
       still) failed "$name is $seen, by somebody's hand: start it, or $(hint delete)" ;;
       waiting)
@@ -401,7 +412,8 @@ run() {
         ;;
     esac
 
-    if ! state=$(ask_job 0 none); then
+    # ABSENT: the node is gone between the two questions, or is READY to the one and not the other.
+    if ! state=$(ask_job 0 none) || [[ $state == ABSENT* ]]; then
       silent=$((silent + 1))
       [ $silent -lt 10 ] || failed "worker 0 of $name does not answer: $(why)"
       nap
@@ -447,7 +459,6 @@ run() {
         count_rerun "the job was interrupted, and $name is $seen still" "starting it again"
         started=false
         ;;
-      ABSENT*) ;; # gone between the two questions: look again
       none*)
         count_rerun "$name has lost the job" "starting it again"
         started=false

@@ -316,6 +316,22 @@ def test_a_cloud_that_is_silent_for_a_while_is_borne(pod):
     assert "the cloud does not say how pod is: ERROR: (gcloud) the connection" in result.errors[0]
 
 
+@linux_only
+def test_a_node_that_is_ready_and_not_found_is_looked_at_again(pod):
+    not_found = ["ERROR: (gcloud) NOT_FOUND: no node pod"]
+    pod.says(fail=["*worker.sh state*"] * 3, refusal=not_found)
+    result = pod("tpu.sh", *RUN)
+    assert result.status == 0 and pod.steps == ["start all"], result.err
+
+    pod.says(fail=["*worker.sh state*"] * 99, calls=[])
+    (pod.folder / "bin" / "sleep").symlink_to("recorder")
+    result = pod("tpu.sh", *RUN)
+    assert result.status == 1
+    assert result.errors == [f"error: worker 0 of pod does not answer: {not_found[0]}"]
+    seen = [short(x) for x in pod.calls]
+    assert seen.count("ask 0") == 10 and seen.count("sleep") == 9
+
+
 # TPU: what happens when a call fails
 
 FAILS = {
@@ -457,6 +473,31 @@ def test_what_no_patience_mends_ends_at_once(pod, refusal, again):
 
 
 @linux_only
+@pytest.mark.parametrize("where", ["made again", "not there"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--create_flags=--internal-ips"],
+        ["--create_flags=--internal-ips --labels=a=b", "--version=other", "--project=mine"],
+    ],
+)
+def test_what_is_told_to_create_makes_what_was_asked_for(pod, where, options):
+    if where == "made again":
+        pod.says(fail=["*queued-resources create*"], refusal=["ERROR: (gcloud) INVALID_ARGUMENT"])
+        pod.jobs([f"{PREEMPTED}; exit 75"], ["exit 75"])
+    else:
+        pod.says(queued=["ABSENT"])
+    result = pod("tpu.sh", "run", *POD, *options, *QUICK, *JOB)
+    assert result.status == 1
+    told = result.errors[-1].partition("bash launch/tpu.sh ")[2].removesuffix(", and run again")
+    told = shlex.split(told)
+    assert told[0] == "create" and sorted(told[1:]) == sorted([*POD, *options])
+    pod.says(queued=["ABSENT"], calls=[])
+    assert pod("tpu.sh", *told, *QUICK).status == 0
+    assert "--internal-ips" in next(x for x in pod.calls if short(x) == "create")
+
+
+@linux_only
 @pytest.mark.parametrize("call", ["delete", "create"])
 def test_a_call_that_fails_and_was_done_all_the_same(pod, call):
     """Each try begins with what is there: nothing is deleted or made twice."""
@@ -466,6 +507,28 @@ def test_a_call_that_fails_and_was_done_all_the_same(pod, call):
     assert result.status == 0, result.err
     assert [x for x in pod.steps if x != "pip"] == ["start all", *AGAIN_STEPS]
     assert sum("trying again (1 of 10)" in x for x in result.told) == 1
+
+
+@linux_only
+def test_each_call_of_a_re_creation_has_tries_of_its_own(pod):
+    fails = "for i in {1..7}; do printf '%s\\n' '*resources delete*' '*resources create*'; done"
+    first = f"{{ {fails}; }} >>$CLOUD/fail; {PREEMPTED}; exit 75"
+    pod.jobs([first, "exit 0"], ["exit 75", "exit 0"])
+    result = pod("tpu.sh", *RUN)
+    assert result.status == 0, result.err
+    assert pod.steps.count("delete") == pod.steps.count("create") == 8
+
+
+@linux_only
+def test_requests_that_fail_and_leave_what_is_to_be_deleted_end(pod):
+    gcloud = pod.folder / "bin" / "gcloud"
+    gcloud.write_text(gcloud.read_text().replace("WAITING_FOR_RESOURCES ACTIVE", "FAILED"))
+    pod.jobs([f"{PREEMPTED}; exit 75"], ["exit 75"])
+    pod.says(late=["*queued-resources create*"] * 99)
+    result = pod("tpu.sh", *RUN)
+    assert result.status == 1
+    assert "pod could not be made again, tried 10 times" in result.errors[-1]
+    assert pod.steps == ["start all", *10 * ["delete", "create"]]
 
 
 @linux_only
@@ -483,31 +546,43 @@ def test_a_deletion_under_way_is_waited_for(pod):
 def test_a_start_that_fails_where_the_node_stays_is_borne(pod):
     """After maintenance, with no re-creation: the workers that did start are not taken for a job
     that somebody stopped."""
-    fails = "echo '*worker.sh start*' >>$CLOUD/fail"
-    pod.jobs([f"{fails}; exit 75", "exit 0"], ["exit 75", "exit 0"])
+    fails = "echo '*worker.sh start*' >>$CLOUD/late"
+    third = "until [ $(grep -c 'worker.sh. start' $CLOUD/calls) -ge 3 ]; do sleep 0.05; done"
+    pod.jobs([f"{fails}; exit 75", third], ["exit 75", third])
     result = pod("tpu.sh", *RUN)
     assert result.status == 0, result.err
-    assert pod.steps == ["start all", "start all", "stop all", "start all"]
+    for worker in "01":
+        assert f"worker-{worker}: told to save and leave" in result.out
+    # One that is still leaving is stopped and started once more.
+    assert pod.steps[:4] == ["start all", "start all", "stop all", "start all"]
+    assert pod.steps[-1] == "start all"
     assert sum("of 20)" in x for x in result.told) == 1
 
 
 @linux_only
 def test_a_job_that_is_still_leaving_is_not_started_nor_hurried(pod):
     """Told to stop by somebody, it saves in peace."""
-    leave = "trap 'sleep 1; exit 75' TERM; echo step 7; while true; do sleep 0.1; done"
+    saves = "until [ -e $CLOUD/saved ]; do sleep 0.05; done; exit 75"
+    leave = f"trap '{saves}' TERM; echo step 7; while true; do sleep 0.05; done"
     pod.jobs([leave], [leave])
     assert pod("tpu.sh", "run", *POD, *QUICK, "--nowatch", *JOB).status == 0
+    deadline = time.monotonic() + 60
+    jobs = [pod.folder / "worker" / n / "cfg_jax_job" for n in "01"]
+    while not all("step 7" in (job / "log").read_text() for job in jobs):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
     assert pod("tpu.sh", "stop", *POD).status == 0
     result = pod("tpu.sh", *RUN)
     assert result.status == 1 and "did not start on every worker of pod" in result.errors[-1]
     assert "error: the job on worker-0 was told to stop, and is still leaving" in result.errors
     assert "worker-0: was told before" in result.out
-    end = pod.folder / "worker" / "0" / "cfg_jax_job" / "status"
-    deadline = time.monotonic() + 20
-    while not end.exists():
+    ends = [job / "status" for job in jobs]
+    assert not any(end.exists() for end in ends)
+    (pod.folder / "saved").touch()
+    while not all(end.exists() for end in ends):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    assert end.read_text() == "75\n"
+    assert [end.read_text() for end in ends] == ["75\n", "75\n"]
 
 
 @pytest.mark.parametrize(
@@ -678,10 +753,13 @@ def test_slurm_that_does_not_queue_again(cloud, failures, status):
     asked = sum(x[0] == "scontrol" for x in cloud.calls)
     if status:
         assert "asked 10 times: submit it again" in result.errors[0] and asked == 10
-        assert sum(slept) < 120, "--leave: longer it does not live"
+        assert sum(slept) < 120, "--leave, of which saving has had its part"
     else:
         assert slept == [10, 10, 300] and asked == 3 and not result.errors
-        assert sum("trying again" in x for x in result.told) == 2
+    # Slurm may end it at any of them: each says by itself what to do.
+    refused = [x for x in result.told if "trying again" in x]
+    assert len(refused) == min(failures, 9)
+    assert all(x.endswith("submit it again if nothing follows this line") for x in refused)
 
 
 # Kubernetes

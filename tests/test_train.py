@@ -431,8 +431,9 @@ ON_A_CLUSTER = {
     "Slurm, one task": ({"SLURM_STEP_NUM_TASKS": "1"}, None),
     "Open MPI": ({"OMPI_COMM_WORLD_SIZE": "2"}, ((), {})),
     "TPUs of Kubernetes": ({"TPU_WORKER_HOSTNAMES": "a,b"}, ((), {})),
-    "one of them": ({"TPU_WORKER_HOSTNAMES": "a", "JAX_PLATFORMS": ""}, None),
+    "one of them": ({"TPU_WORKER_HOSTNAMES": "a", "JAX_PLATFORMS": "tpu"}, None),
     "TPUs on the bus": ({"JAX_PLATFORMS": "tpu,cpu"}, ((), {})),
+    "TPUs, not to be asked for a pod": ({"JAX_PLATFORMS": "tpu", "TPU_SKIP_MDS_QUERY": "1"}, None),
     "TPUs, and a CPU wanted": ({"JAX_PLATFORMS": "cpu"}, None),
     "asked for": ({"requested": True}, ((), {})),
 }
