@@ -160,6 +160,8 @@ class Place:
         named, small = pages.flags(args), SMALL.get(job, [])
         if "config.train.steps" in named:
             small = [*small, "--config.train.steps=6"]  # other than before
+        if "efficientnet_lite0" in named.get("features", ""):
+            small = [*small, "--w=0,1"]  # it looks at 128 at a time, at whatever few
         if "samples" in named:
             small = []  # no model, and no config
         env = {"WANDB_MODE": "offline"}
