@@ -4,8 +4,8 @@
         [--threads=2] [--rounds=7] [--seconds=2] [--levels=T] [--no-torch] [--no-compile]
 
 Ours is what `train` and `sample` run, on as many XLA devices: the train job's program and the
-Generator's. PyTorch's is `torch_adm` in channels-last memory, eager and
-through torch.compile; the faster of the two is the opponent. What makes the ratio honest:
+Generator's. PyTorch's is `torch_adm` in channels-last memory, eager and through torch.compile; the
+faster of the two is the opponent. What makes the ratio honest:
 
 - One set of parameters, and outputs, gradients and the parameters after one update are compared
   before anything is timed: the run fails where they differ.

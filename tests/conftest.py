@@ -17,6 +17,7 @@ jax.config.update("jax_disable_most_optimizations", True)
 import json
 
 import pytest
+from archives import write as write_archives
 from cli import TINY, Cli
 
 from cfg_jax import experiment
@@ -83,3 +84,10 @@ def classifier(tmp_path_factory):
     """The file of a classifier of noisy images."""
     path = tmp_path_factory.mktemp("classifier") / "classifier.safetensors"
     return small_classifier("digits_classifier", path)
+
+
+@pytest.fixture(scope="session")
+def archives(tmp_path_factory):
+    """A folder with both archives of ImageNet, and what `archives.write` says is in them."""
+    folder = tmp_path_factory.mktemp("manual")
+    return folder, write_archives(folder)

@@ -18,7 +18,6 @@ import pytest
 import recipe
 import torch_writer
 from test_convert import published_shapes
-from test_imagenet import archives  # noqa: F401 - a fixture
 from test_prepare import idx, place
 
 from cfg_jax import convert, experiment, prepare
@@ -92,7 +91,7 @@ def published(path):
 
 
 @pytest.fixture(scope="module")
-def house(archives, tmp_path_factory):  # noqa: F811
+def house(archives, tmp_path_factory):
     """What the pages take as there: data, archives, pictures, published files."""
     home = tmp_path_factory.mktemp("house")
     for name in ("kmnist", "fashion_mnist"):

@@ -4,7 +4,6 @@ import json
 
 import numpy as np
 import pytest
-from test_imagenet import archives  # noqa: F401 - a fixture
 
 pytestmark = pytest.mark.slow
 
@@ -21,7 +20,7 @@ THIN = (
 EIGHT = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
 
 
-def test_imagenet_from_its_archives_to_the_sweep(cli, archives, tmp_path):  # noqa: F811
+def test_imagenet_from_its_archives_to_the_sweep(cli, archives, tmp_path):
     manual, _ = archives
     data, run, judge = (str(tmp_path / name) for name in ("data", "run", "judge"))
 

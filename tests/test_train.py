@@ -93,6 +93,17 @@ def test_devices_can_be_chosen_after_a_config_was_read():
     assert told.stdout == "3\n", told.stderr[-2000:]
 
 
+def test_a_step_that_is_not_small_takes_a_device_a_core(cli, tiny, tmp_path):
+    """tiny is small but for its split state."""
+    cores = len(os.sched_getaffinity(0))
+    if cores % 2:
+        pytest.skip(f"NOT TESTED: two devices of a CPU, with {cores} cores")
+    run = [*tiny, f"--workdir={tmp_path}", "--config.train.steps=1", "--config.train.fsdp=2"]
+    result = cli("train", *run)
+    assert result.status == 0, result.err[-3000:]
+    assert "on 1 devices" not in result.err and " devices (cpu)" in result.err
+
+
 @pytest.mark.slow
 def test_training_learns(cli, tiny, tmp_path):
     run = [*tiny, f"--workdir={tmp_path}", "--config.train.steps=100"]

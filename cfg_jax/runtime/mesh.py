@@ -110,8 +110,9 @@ def split_cpu(batch_size: int, at_most: int | None = None) -> None:
         if "JAX_NUM_PROCESSES" not in os.environ:
             return
         batch_size //= int(os.environ["JAX_NUM_PROCESSES"])
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    most = min(cores or 1, at_most or cores or 1)
+    allowed = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if allowed else os.cpu_count() or 1
+    most = min(cores, at_most or cores)
     devices = max([n for n in range(1, most + 1) if batch_size % n == 0], default=1)
     try:
         jax.config.update("jax_num_cpu_devices", devices)
