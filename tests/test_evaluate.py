@@ -261,7 +261,7 @@ MISTAKES = {
     "no judge": (["--judge="], ["--judge", "no trained model"]),
     "features of nobody": (["--features=inceptoin"], ["inceptoin", "judge"]),
     "unknown rule": (["--guidance=classifier_fre"], ["classifier_fre", "classifier_free"]),
-    "a rule without its classifier": (["--guidance=classifier"], ["--classifier=DIR"]),
+    "a rule without its classifier": (["--guidance=classifier"], ["classifier=DIR"]),
     "w of no noise": (["--guidance=scaled_noise", "--w=-1"], ["w=-1", "above -1"]),
     "w": (["--w=0,x"], ["--w=0,x", "--w=0,1,4"]),
 }
