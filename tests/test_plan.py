@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from cfg_jax import chips, experiment, plan, plan_report, programs, train
-from cfg_jax.models import affine
+from cfg_jax.models import affine, doubled
 from cfg_jax.runtime import mesh as meshes
 from cfg_jax.types import UsageError
 
@@ -172,6 +172,7 @@ def test_a_gradient_comes_in_the_precision_of_the_parameter_it_is_of():
     image, kernel = jnp.ones((2, 4, 4, 3), jnp.bfloat16), jnp.full((3, 3, 3, 5), 0.1)
     for layer, parameter in (
         (affine.convolve, kernel),
+        (doubled.convolve, kernel),
         (affine.multiply, kernel[0, 0]),
         (affine.add_bias, kernel[0, 0, :, 0]),
     ):

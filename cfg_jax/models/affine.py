@@ -20,56 +20,70 @@ def precision(x: Array) -> str | None:
     return "highest" if x.dtype == jnp.float32 else None
 
 
-def _convolve(x: Array, kernel: Array, stride: int) -> Array:
+Pads = tuple[tuple[int, int], tuple[int, int]]  # zeros above and below, left and right
+
+
+def _convolve(x: Array, kernel: Array, stride: int, pads: Pads) -> Array:
     return jax.lax.conv_general_dilated(
         x,
         kernel,
         (stride, stride),
-        [(side // 2, side // 2) for side in kernel.shape[:2]],
+        pads,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         precision=precision(x),
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def convolve(x: Array, kernel: Array, stride: int = 1) -> Array:
-    """The one convolution of the package: NHWC, HWIO, odd kernels, PyTorch's symmetric padding.
+def convolve(x: Array, kernel: Array, stride: int = 1, pads: Pads | None = None) -> Array:
+    """The one convolution of the package: NHWC, HWIO, PyTorch's symmetric padding if none is given.
 
     With stride 1 its gradient by x is a convolution with the kernel turned around. jax's own rule
     says the same in another layout, for which XLA:CPU has no fast code inside a loop: classifier
     guidance takes one such gradient a step. By the kernel, CPU has a form of its own too.
     """
-    return _convolve(once.once(x), kernel.astype(x.dtype), stride)
+    if pads is None:
+        up, left = (side // 2 for side in kernel.shape[:2])
+        pads = ((up, up), (left, left))
+    return _padded(x, kernel, stride, pads)
 
 
-def _convolve_forward(x: Array, kernel: Array, stride: int):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _padded(x: Array, kernel: Array, stride: int, pads: Pads) -> Array:
+    return _convolve_forward(x, kernel, stride, pads)[0]
+
+
+def _convolve_forward(x: Array, kernel: Array, stride: int, pads: Pads):
     x = once.once(x)
-    return _convolve(x, kernel.astype(x.dtype), stride), (x, kernel)
+    return _convolve(x, kernel.astype(x.dtype), stride, pads), (x, kernel)
 
 
-def _convolve_backward(stride: int, saved: tuple[Array, Array], g: Array):
+def _convolve_backward(stride: int, pads: Pads, saved: tuple[Array, Array], g: Array):
     x, kernel = saved
     g, read = once.once(g), kernel.astype(x.dtype)
     shape = jax.ShapeDtypeStruct(kernel.shape, kernel.dtype)
-    plain = functools.partial(_by_kernel, kernel=shape, stride=stride)
+    plain = functools.partial(_by_kernel, kernel=shape, stride=stride, pads=pads)
     if stride == 1:
-        by_x = _convolve(g, read[::-1, ::-1].swapaxes(2, 3), 1)
-        over_rows = functools.partial(_by_kernel_over_rows, kernel=shape)
+        sides = zip(kernel.shape[:2], pads)
+        back = tuple((k - 1 - before, k - 1 - after) for k, (before, after) in sides)
+        by_x = _convolve(g, read[::-1, ::-1].swapaxes(2, 3), 1, back)
+        over_rows = functools.partial(_by_kernel_over_rows, kernel=shape, pads=pads)
         by_kernel = jax.lax.platform_dependent(x, g, cpu=over_rows, default=plain)
     else:
-        (by_x,) = jax.vjp(lambda x: _convolve(x, read, stride), x)[1](g)
+        (by_x,) = jax.vjp(lambda x: _convolve(x, read, stride, pads), x)[1](g)
         by_kernel = plain(x, g)
     return by_x, by_kernel  # what is not asked for is not computed
 
 
-def _by_kernel(x: Array, g: Array, *, kernel: jax.ShapeDtypeStruct, stride: int) -> Array:
+def _by_kernel(
+    x: Array, g: Array, *, kernel: jax.ShapeDtypeStruct, stride: int, pads: Pads
+) -> Array:
     """Every tap of the kernel is a product over images and pixels, g spread out by the stride."""
-    sides = list(zip(kernel.shape[:2], x.shape[1:3], g.shape[1:3]))
+    sides = list(zip(kernel.shape[:2], x.shape[1:3], g.shape[1:3], pads))
     return jax.lax.conv_general_dilated(
         x,
         g,
         (1, 1),
-        [(k // 2, k - 1 + (out - 1) * stride + 1 - side - k // 2) for k, side, out in sides],
+        [(pad[0], k + (out - 1) * stride - side - pad[0]) for k, side, out, pad in sides],
         rhs_dilation=(stride, stride),
         dimension_numbers=("CHWN", "IHWO", "HWNC"),
         precision=precision(x),
@@ -77,26 +91,26 @@ def _by_kernel(x: Array, g: Array, *, kernel: jax.ShapeDtypeStruct, stride: int)
     )
 
 
-def _by_kernel_over_rows(x: Array, g: Array, *, kernel: jax.ShapeDtypeStruct) -> Array:
+def _by_kernel_over_rows(x: Array, g: Array, *, kernel: jax.ShapeDtypeStruct, pads: Pads) -> Array:
     """The gradient of `convolve` by its kernel as a convolution along one axis, stride 1.
 
-        out[i, j, c, d] = sum over b, p, q of x[b, p + i, q + j, c] g[b, p, q, d]
+        out[i, j, c, d] = sum over b, p, q of x[b, p + i, q + j, c] g[b, p, q, d], x with its pads,
 
     is, with g moved by each j side by side in its channels, a convolution along p whose "channels"
     are (b, q). The plain form has only b there, whose short runs XLA:CPU packs slowly.
-    x [B, H, W, C], g [B, H, W, D] -> that of the kernel.
+    x [B, H, W, C], g [B, H', W', D] -> that of the kernel.
     """
     b, h, w, c = x.shape
     tall, wide = kernel.shape[:2]
-    half = wide // 2
-    padded = jnp.pad(g, ((0, 0), (0, 0), (half, half), (0, 0)))
+    up_down, (left, right) = pads
+    padded = jnp.pad(g, ((0, 0), (0, 0), (wide - 1 - left, wide - 1 - right), (0, 0)))
     moved = [padded[:, :, wide - 1 - j : wide - 1 - j + w] for j in range(wide)]
-    moved = jnp.concatenate(moved, axis=-1).swapaxes(0, 1).reshape(h, b * w, -1)
+    moved = jnp.concatenate(moved, axis=-1).swapaxes(0, 1).reshape(g.shape[1], b * w, -1)
     out = jax.lax.conv_general_dilated(
         x.transpose(3, 1, 0, 2).reshape(c, h, b * w),
         moved,
         (1,),
-        [(tall // 2, tall // 2)],
+        [up_down],
         dimension_numbers=("NHC", "HIO", "NHC"),
         precision=precision(x),
         preferred_element_type=kernel.dtype,
@@ -104,7 +118,7 @@ def _by_kernel_over_rows(x: Array, g: Array, *, kernel: jax.ShapeDtypeStruct) ->
     return out.reshape(c, tall, wide, -1).transpose(1, 2, 0, 3)
 
 
-convolve.defvjp(_convolve_forward, _convolve_backward)
+_padded.defvjp(_convolve_forward, _convolve_backward)
 
 
 def _multiply(x: Array, kernel: Array):

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from cfg_jax.models import affine, norm, once
+from cfg_jax.models import affine, doubled, norm, once
 from cfg_jax.types import Array, UsageError
 
 _uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -63,15 +63,18 @@ def sinusoid(s: Array, dim: int) -> Array:
 
 
 class Conv(nnx.Module):
-    """A 3 x 3 convolution with a bias."""
+    """A 3 x 3 convolution with a bias, of the image or, if it `doubles`, of twice its size."""
 
-    def __init__(self, rngs, c_in, c_out, *, stride=1, zero=False, dtype=jnp.float32):
+    def __init__(
+        self, rngs, c_in, c_out, *, stride=1, doubles=False, zero=False, dtype=jnp.float32
+    ):
         self.kernel = _kernel(rngs, (3, 3, c_in, c_out), zero)
         self.bias = nnx.Param(jnp.zeros(c_out, jnp.float32))
-        self.stride, self.dtype = stride, dtype
+        self.stride, self.doubles, self.dtype = stride, doubles, dtype
 
     def __call__(self, x: Array) -> Array:
-        x = affine.convolve(x.astype(self.dtype), self.kernel[...], self.stride)
+        x, kernel = x.astype(self.dtype), self.kernel[...]
+        x = doubled.convolve(x, kernel) if self.doubles else affine.convolve(x, kernel, self.stride)
         return affine.add_bias(x, self.bias[...])
 
 
@@ -116,24 +119,19 @@ def halve(x: Array) -> Array:
     return x.reshape(b, h // 2, 2, w // 2, 2, c).mean((2, 4))
 
 
-def double(x: Array) -> Array:
-    """The nearest neighbour, [B, H, W, C] -> [B, 2 H, 2 W, C]."""
-    return x.repeat(2, axis=1).repeat(2, axis=2)
-
-
-RESAMPLE = {None: lambda x: x, "down": halve, "up": double}
+RESAMPLE = {None: lambda x: x, "down": halve, "up": doubled.double}
 
 
 class Resample(nnx.Module):
     """Plain resampling: a convolution of stride 2 down, or one after nearest neighbour up."""
 
     def __init__(self, rngs, channels, resample, *, dtype=jnp.float32):
-        self.up = resample == "up"
-        self.conv = Conv(rngs, channels, channels, stride=1 if self.up else 2, dtype=dtype)
+        up = resample == "up"
+        self.conv = Conv(rngs, channels, channels, stride=2 - up, doubles=up, dtype=dtype)
 
     def __call__(self, h: Array, embedding: Array, key: Array | None = None) -> Array:
         del embedding, key
-        return self.conv(double(h) if self.up else h)
+        return self.conv(h)
 
 
 class ResBlock(nnx.Module):
@@ -157,7 +155,7 @@ class ResBlock(nnx.Module):
         dtype=jnp.float32,
     ):
         self.norm1 = GroupNorm(c_in)
-        self.conv1 = Conv(rngs, c_in, c_out, dtype=dtype)
+        self.conv1 = Conv(rngs, c_in, c_out, doubles=resample == "up", dtype=dtype)
         self.embed = Linear(rngs, embedding, c_out * (1 + scale_shift_norm), dtype=dtype)
         self.norm2 = GroupNorm(c_out)
         self.conv2 = Conv(rngs, c_out, c_out, zero=True, dtype=dtype)
@@ -165,8 +163,8 @@ class ResBlock(nnx.Module):
         self.resample, self.dropout, self.scale_shift_norm = resample, dropout, scale_shift_norm
 
     def __call__(self, x: Array, embedding: Array, key: Array | None = None) -> Array:
-        resample = RESAMPLE[self.resample]
-        h = self.conv1(resample(self.norm1(x, activate=True)))
+        h = self.norm1(x, activate=True)
+        h = self.conv1(halve(h) if self.resample == "down" else h)  # which doubles where it is "up"
         e = self.embed(embedding)  # [B, C] or [B, 2 C]
         if self.scale_shift_norm:
             scale, shift = jnp.split(e.astype(jnp.float32), 2, axis=-1)
@@ -174,7 +172,7 @@ class ResBlock(nnx.Module):
         else:
             h = self.norm2(h + e[:, None, None], activate=True)
         h = self.conv2(dropout(h, self.dropout, key))
-        x = resample(x)
+        x = RESAMPLE[self.resample](x)
         return once.settled(h + (x if self.skip is None else self.skip(x)))
 
 
