@@ -52,7 +52,7 @@ def products(function, *arguments) -> int:
     """FLOPs of convolutions and matrix products as `plan` counts them, before XLA's passes.
 
     As lowered for a TPU, for which nothing is rewritten: the same number on every machine, where
-    the forms that are chosen for a CPU count more.
+    the forms that are chosen for a CPU count otherwise.
     """
     lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=("tpu",))
     return executed.flops(hlo.parse(lowered.as_text("hlo")))

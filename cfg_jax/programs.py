@@ -54,7 +54,7 @@ class Report:
     memory: Memory
     wall_seconds: float  # of the compiler
     cpu_seconds: float
-    model_flops: float  # products of the network as written down, nothing computed twice
+    model_flops: float  # products of the network as lowered, nothing computed twice
     # None where the program does not fit, and so was not made:
     flops: float | None = None  # products of the compiled program
     xla_flops: float | None = None  # what XLA's own cost analysis says, loops counted once

@@ -1,9 +1,9 @@
-"""An image of twice the size, and its convolution, of which a CPU computes nothing twice.
+"""An image of twice the size, and its convolution, for which a CPU needs no such image.
 
 In a doubled image (nearest neighbour) every pixel stands four times, so the nine taps of a 3 x 3
 kernel fall on four different pixels: taps that fall on one are added before they are multiplied,
-and five ninths of the products are saved. Rows 2 i and 2 i + 1 see other pixels, and so do columns:
-four kernels of 2 x 2, of which the two for the columns share a convolution.
+which saves half of the products (five ninths, less what is said in `_by_parity`). Even and odd rows
+see different pixels, and so do columns: four kernels of 2 x 2.
 """
 
 import functools
@@ -27,8 +27,8 @@ def double(x: Array) -> Array:
 def convolve(x: Array, kernel: Array) -> Array:
     """`affine.convolve` of `double(x)`: x [B, H, W, C], kernel [3, 3, C, D] -> [B, 2 H, 2 W, D].
 
-    Equal to rounding on all platforms. Only CPU takes the kernels apart: a TPU would fill its
-    lanes no better, and what it multiplies stays what the network is published with.
+    Equal to rounding on all platforms. Only a CPU takes the kernel apart, where it was measured;
+    other programs are those of the published network.
     """
     return jax.lax.platform_dependent(
         x, kernel, cpu=_by_parity, default=lambda x, kernel: affine.convolve(double(x), kernel)
@@ -39,7 +39,8 @@ def convolve(x: Array, kernel: Array) -> Array:
 def _apart(kernel: Array, read: jnp.dtype) -> Array:
     """The kernels by parity of row and column, [row, 2, 2, C, column, D], summed in float32.
 
-    As in `affine` the kernel is read in one precision and its gradient comes in its own.
+    As in `affine` the kernel is read in one precision and its gradient comes in its own; over
+    several devices the gradients of these parts are summed, in float32.
     """
     kernel = kernel.astype(read).astype(jnp.float32)
     return jnp.einsum("ipr,jqs,rscd->ipqcjd", _FALL_ON, _FALL_ON, kernel, precision="highest")
@@ -54,6 +55,10 @@ _apart.defvjp(lambda kernel, read: (_apart(kernel, read), kernel), _apart_backwa
 
 
 def _by_parity(x: Array, kernel: Array) -> Array:
+    """Rows apart, columns side by side in the channels, of which each has a pixel too many.
+
+    XLA:CPU is fast so; with all four in one convolution its gradient took a hundred times as long.
+    """
     b, h, w, c = x.shape
     rows = []
     for i, part in enumerate(_apart(kernel, x.dtype)):

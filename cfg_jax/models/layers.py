@@ -68,6 +68,8 @@ class Conv(nnx.Module):
     def __init__(
         self, rngs, c_in, c_out, *, stride=1, doubles=False, zero=False, dtype=jnp.float32
     ):
+        if doubles and stride != 1:
+            raise ValueError("a convolution has a stride or doubles its image, not both")
         self.kernel = _kernel(rngs, (3, 3, c_in, c_out), zero)
         self.bias = nnx.Param(jnp.zeros(c_out, jnp.float32))
         self.stride, self.doubles, self.dtype = stride, doubles, dtype
