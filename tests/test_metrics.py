@@ -324,6 +324,17 @@ def test_kid_has_no_bias_between_equal_distributions():
     assert (values < 0).any()
 
 
+def test_kid_of_sets_balanced_over_classes_is_too_low_by_what_its_page_says():
+    classes, each, n = 5, 8, 40
+    balanced = np.repeat(3 * np.eye(classes), each, axis=0)  # every image is its class
+    within, between = (9 / classes + 1) ** 3, 1
+    want = -2 * (classes - 1) / (classes * (n - 1)) * (within - between)
+    np.testing.assert_allclose(kid.discrepancy(balanced, balanced), want, rtol=1e-12)
+    rng = np.random.default_rng(0)
+    draws = [3 * np.eye(classes)[rng.integers(0, classes, (2, n))] for _ in range(200)]
+    assert abs(np.mean([kid.discrepancy(*pair) for pair in draws])) < 0.3 * abs(want)
+
+
 def test_kid_follows_its_seed_and_its_subset_size():
     x, y = normal(0, 90, 5), normal(1, 80, 5)
     assert kid.kid(x, y, seed=3) == kid.kid(x, y, seed=3) != kid.kid(x, y, seed=4)

@@ -1,8 +1,13 @@
 """The kernel inception distance (Binkowski et al., 2018).
 
 KID is the squared maximum mean discrepancy of two sets of features under the polynomial kernel
-k(x, y) = (x.y / D + 1)^3, estimated without bias: it does not depend on the number of images, and
-may come out below 0.
+k(x, y) = (x.y / D + 1)^3, estimated without bias for independent draws: it does not depend on the
+number of images, and may come out below 0.
+
+Sets with the same number of images of each class are no independent draws. In each of them an image
+meets fewer others of its class than it does in the other set, so that KID comes out too low: for C
+classes and n images by 2 (C - 1) / (C (n - 1)) of what the kernel is larger within a class than
+between two. With few images, and features that tell classes apart, that is all one sees.
 """
 
 from typing import NamedTuple
