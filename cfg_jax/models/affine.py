@@ -94,10 +94,11 @@ def _by_kernel(
 def _by_kernel_over_rows(x: Array, g: Array, *, kernel: jax.ShapeDtypeStruct, pads: Pads) -> Array:
     """The gradient of `convolve` by its kernel as a convolution along one axis, stride 1.
 
-        out[i, j, c, d] = sum over b, p, q of x[b, p + i, q + j, c] g[b, p, q, d], x with its pads,
+        out[i, j, c, d] = sum over b, p, q of x[b, p + i, q + j, c] g[b, p, q, d],
 
-    is, with g moved by each j side by side in its channels, a convolution along p whose "channels"
-    are (b, q). The plain form has only b there, whose short runs XLA:CPU packs slowly.
+    x with its zeros around, is, with g moved by each j side by side in its channels, a convolution
+    along p whose "channels" are (b, q). The plain form has only b there, whose short runs XLA:CPU
+    packs slowly.
     x [B, H, W, C], g [B, H', W', D] -> that of the kernel.
     """
     b, h, w, c = x.shape
