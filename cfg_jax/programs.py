@@ -100,9 +100,7 @@ class Compiler:
 
         def lower(model):
             step = train.make_step(model, mesh)
-            state = meshes.placed(step.shapes, step.shardings)
-            rows = {k: _over(meshes.batch_sharding(mesh), v) for k, v in step.rows.items()}
-            return self._lower(step.run, state, step.frozen, rows, _key(mesh))
+            return self._lower(step.run, step.shapes, step.frozen, step.rows, _key(mesh))
 
         return self._report(lower, model)
 

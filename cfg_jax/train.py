@@ -55,13 +55,15 @@ def items(state: train_step.TrainState) -> dict[str, Any]:
 
 
 class Step(NamedTuple):
-    """The training step of an experiment on a mesh, and the shapes that it is compiled for."""
+    """The training step of an experiment on a mesh, and what it is compiled for: shapes that carry
+    their shardings.
+    """
 
     run: Any  # (state, frozen, batch, key) -> (state, metrics), jitted; the state is donated
     init: Callable  # key -> state
     shapes: train_step.TrainState
     shardings: train_step.TrainState
-    frozen: Params  # a teacher's, as shapes that carry their shardings; {} where there is none
+    frozen: Params  # a teacher's; {} where there is none
     rows: dict[str, jax.ShapeDtypeStruct]  # a global batch
 
 
@@ -76,6 +78,7 @@ def make_step(model: experiment.Experiment, mesh: Mesh) -> Step:
     )
     shapes = jax.eval_shape(init, jax.random.key(0))
     shardings = meshes.state_shardings(mesh, shapes)
+    shapes = meshes.placed(shapes, shardings)
     frozen, frozen_dtypes = {}, {}
     if model.teacher is not None:
         frozen = jax.eval_shape(model.teacher.network.init, jax.random.key(0))
@@ -101,6 +104,7 @@ def make_step(model: experiment.Experiment, mesh: Mesh) -> Step:
         "image": jax.ShapeDtypeStruct((plan.batch_size, *model.dataset.image_shape), np.uint8),
         "label": jax.ShapeDtypeStruct((plan.batch_size,), np.int32),
     }
+    rows = meshes.placed(rows, dict.fromkeys(rows, meshes.batch_sharding(mesh)))
     return Step(run, init, shapes, shardings, frozen, rows)
 
 
@@ -143,7 +147,8 @@ def train(
     # Shapes, then shardings, then arrays: nothing is ever whole on one device.
     key_init, key_train = jax.random.split(jax.random.key(plan.seed))
     step_fn, init, shapes, shardings, frozen, rows = make_step(model, mesh)
-    step_fn.eval_shape(shapes, frozen, rows, key_train)  # what only a trace finds wrong: here
+    # What only a trace finds wrong, here. The first step, of the same types, traces nothing again.
+    step_fn.eval_shape(shapes, frozen, rows, key_train)
     new = not checkpoint.has_checkpoint(workdir)
     begin = start.load_start(init_from, model, shardings.ema) if init_from and new else None
     watched = watch.Watch(model, mesh, workdir) if model.evaluate.every else None
@@ -157,7 +162,7 @@ def train(
         checkpoints = stack.enter_context(
             contextlib.closing(checkpoint.Checkpoints(workdir, keep=plan.keep))
         )
-        found = checkpoints.restore(**items(meshes.placed(shapes, shardings)))
+        found = checkpoints.restore(**items(shapes))
         if found is not None:
             state = train_step.TrainState(ema=found[1]["ema"], **found[1]["state"])
         else:

@@ -1,8 +1,14 @@
 """Every test sees eight CPU devices, as on a small pod; set before the backend starts."""
 
 import os
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# What one test has compiled others take, in pytest's processes and in the jobs.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _compiled = tempfile.TemporaryDirectory(prefix="cfg_jax_compiled_")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_cpu_collective_call_warn_stuck_timeout_seconds=300"
@@ -14,14 +20,11 @@ import jax
 jax.config.update("jax_num_cpu_devices", 8)
 # Compiling is most of what a small network costs a test.
 jax.config.update("jax_disable_most_optimizations", True)
-import json
-
 import pytest
 from archives import write as write_archives
-from cli import TINY, Cli
+from cli import SMALL, TINY, Cli
 
-from cfg_jax import experiment
-from cfg_jax.models import weights
+from cfg_jax import experiment, stored
 
 
 @pytest.fixture
@@ -65,11 +68,9 @@ def trained(cli, tiny, tmp_path_factory):
 def small_classifier(name, path):
     """A classifier of random weights, as a file: what the jobs do with it is the same."""
     config = experiment.load_config(name)
-    config["model"] |= {"channels": 8, "head_channels": 8, "channel_mult": (1, 1)}
+    config["model"] |= SMALL
     built = experiment.build(config)
-    params = built.network.init(jax.random.key(1))
-    metadata = {"config": json.dumps(built.config), "step": "7"}
-    weights.save_safetensors(path, params, metadata)
+    stored.export(str(path), built.network.init(jax.random.key(1)), built.config, 7)
     return path
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cli import SMALL
 from faults import assert_equal, final_state
 
 import cfg_jax
@@ -15,7 +16,6 @@ from cfg_jax.runtime import mesh as meshes
 from cfg_jax.types import Network, UsageError
 
 STUDENT = ("--config=digits_distilled", "--config.train.steps=20")
-SMALL = {"channels": 8, "channel_mult": (1, 1), "head_channels": 8}
 
 
 def shaken(params, size=0.2):

@@ -42,7 +42,7 @@ CASES = {
     "profile of nothing": (["--profile=9"], ["--profile=9", "100:110"]),
     "unknown data set": (["--config.dataset.name=imagnet"], ["imagnet", "cifar10"]),
     "data set that is not prepared": (
-        ["--config.dataset.name=cifar10", "--config.model.attention_resolutions=(16,)"],
+        ["--config.dataset.name=cifar10"],
         ["cifar10", "python -m cfg_jax.prepare --dataset=cifar10"],
     ),
     "unknown split": (["--config.dataset.split=trian"], ["trian"]),
@@ -70,7 +70,6 @@ CASES = {
             "--config.dataset.name=tfds",
             "--config.dataset.builder=kmnist",
             "--config.dataset.pad=2",
-            "--config.model.attention_resolutions=(16,)",
         ],
         ["kmnist is not prepared", "python -m cfg_jax.prepare --dataset=kmnist"],
     ),

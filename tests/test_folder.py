@@ -11,6 +11,7 @@ import zlib
 import numpy as np
 import PIL.Image
 import pytest
+from cli import SMALL
 
 from cfg_jax import experiment, prepare
 from cfg_jax.data import assembly, datasets, folder
@@ -297,8 +298,7 @@ def test_two_commands_train_and_sample_ones_own_pictures(cli, tmp_path):
         *("--size=8", "--name=halves", "--workers=1"),
     )
     assert done.status == 0 and "halves: now in" in done.out, done.err[-3000:]
-    tiny = ["channels=8", "channel_mult=(1,1)", "num_res_blocks=1", "head_channels=8"]
-    tiny += ["attention_resolutions=(4,)", "dtype=float32"]
+    tiny = [f"{field}={value}" for field, value in SMALL.items()] + ["dtype=float32"]
     command = ["train", "--config=image_folder", "--config.dataset.builder=halves"]
     command += [f"--config.dataset.data_dir={data}", f"--workdir={run}"]
     command += [f"--config.model.{field}" for field in tiny]

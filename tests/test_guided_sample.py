@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cli import SMALL
 
 import cfg_jax
 from cfg_jax import experiment, generator, request, stored
@@ -31,7 +32,7 @@ STEPS = 8
 def shaken(seed, **fields):
     """A network of random weights: its output is not zero, and its label matters."""
     config = experiment.SCHEMA.complete(experiment.load_config("digits"))
-    config["model"] |= {"channels": 8, "head_channels": 8, "channel_mult": (1, 1)}
+    config["model"] |= SMALL
     config["sample"] |= {"steps": STEPS, "batch_size": 16, "grid": "uniform_lambda"}
     built = experiment.build({**config, **fields})
     params = jax.jit(built.network.init)(jax.random.key(seed))
@@ -259,17 +260,6 @@ MISTAKES = {
 }
 
 
-@pytest.fixture(scope="module")
-def classifier(tmp_path_factory):
-    path = tmp_path_factory.mktemp("classifier") / "classifier.safetensors"
-    config = experiment.load_config("digits_classifier")
-    config["model"] |= {"channels": 8, "head_channels": 8, "channel_mult": (1, 1)}
-    built = experiment.build(config)
-    params = built.network.init(jax.random.key(1))
-    weights.save_safetensors(path, params, {"config": json.dumps(built.config), "step": "7"})
-    return path
-
-
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_one_line(cli, trained, weak, classifier, tmp_path, name):
     flags, words = MISTAKES[name]
@@ -282,14 +272,8 @@ def test_a_mistake_is_one_line(cli, trained, weak, classifier, tmp_path, name):
 
 
 @pytest.mark.slow
-def test_a_sweep_counts_what_it_spares(cli, trained, weak, tmp_path):
+def test_a_sweep_counts_what_it_spares(cli, trained, weak, judge, tmp_path):
     """Of evaluate: the weaker model, its recipe, and the evaluations of an interval."""
-    judge = tmp_path / "judge.safetensors"
-    config = experiment.load_config("digits_judge")
-    config["model"] |= {"channels": 8, "head_channels": 8, "channel_mult": (1, 1)}
-    built = experiment.build(config)
-    metadata = {"config": json.dumps(built.config), "step": "7"}
-    weights.save_safetensors(judge, built.network.init(jax.random.key(1)), metadata)
     flags = [f"--workdir={trained}", f"--judge={judge}", "--w=0,1.5", "--num_samples=40"]
     flags += [f"--weak={weak}", "--guidance=classifier_free,interval", f"--out={tmp_path}"]
     result = cli("evaluate", *flags, "--config.sample.negative=(1,2)")

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import PIL.Image
 import pytest
+from cli import SMALL
 
 import cfg_jax
 from cfg_jax import card, experiment, generator, stored
@@ -15,8 +16,7 @@ from cfg_jax import card, experiment, generator, stored
 def model():
     """A network with random weights: its output is not zero, and w matters."""
     config = experiment.SCHEMA.complete(experiment.load_config("digits"))
-    config["model"] |= {"channels": 8, "num_res_blocks": 1, "channel_mult": (1, 1)}
-    config["model"] |= {"head_channels": 8}
+    config["model"] |= SMALL
     config["sample"] |= {"steps": 8, "batch_size": 16}
     built = experiment.build(config)
     params = jax.jit(built.network.init)(jax.random.key(0))

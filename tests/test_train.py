@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cli import SMALL
 from faults import assert_equal, distance, final_state, run_together
 
 from cfg_jax import experiment, hlo, reconstruct, stored, traffic, train, train_step
@@ -107,7 +108,7 @@ def test_a_step_that_is_not_small_takes_a_device_a_core(cli, tiny, tmp_path):
 @pytest.mark.slow
 def test_training_learns(cli, tiny, tmp_path):
     run = [*tiny, f"--workdir={tmp_path}", "--config.train.steps=100"]
-    assert cli("train", *run, "--config.optimizer.learning_rate=0.003").status == 0
+    assert cli("train", *run).status == 0
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     first, last = lines[0]["loss"], np.mean([line["loss"] for line in lines[-4:]])
     assert first > 0.8 and last < 0.55, "a zero network's loss is 1"
@@ -159,9 +160,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(cli, tiny, tmp_path):
 def test_the_last_good_checkpoint_is_kept(trained, tmp_path, monkeypatch):
     workdir = tmp_path / "run"
     shutil.copytree(trained, workdir)
-    real = train_step.train_step
+    real, traces = train_step.train_step, []
 
     def bad_from_25(state, *args, **kwargs):
+        traces.append(state)
         after, metrics = real(state, *args, **kwargs)
         return after, metrics | {"loss": metrics["loss"] / (state.step < 25)}
 
@@ -170,6 +172,7 @@ def test_the_last_good_checkpoint_is_kept(trained, tmp_path, monkeypatch):
     config["train"]["steps"] = 40
     with pytest.raises(window.Diverged, match="at step 25"):
         train.train(config, str(workdir))
+    assert len(traces) == 1, "what is looked at before anything is written is what runs"
     assert sorted(int(p.name) for p in (workdir / "checkpoints").glob("[0-9]*")) == [10, 20]
     assert_equal(final_state(workdir), final_state(trained))
 
@@ -325,7 +328,7 @@ def test_the_state_lies_over_fsdp_where_it_divides():
 def test_the_config_that_is_saved_is_the_config_that_is_read(trained):
     config = stored.saved_config(str(trained))
     assert config == experiment.SCHEMA.complete(checkpoint.read_config(str(trained)))
-    assert config["model"]["channel_mult"] == (1, 1)
+    assert config["model"]["channel_mult"] == (1,)
     experiment.build(config)
 
 
@@ -355,30 +358,26 @@ def test_parts_of_a_batch_have_the_gradient_of_the_batch():
 @pytest.fixture
 def tiny_model():
     config = experiment.load_config("digits")
-    config["model"] |= {"channels": 8, "head_channels": 8, "channel_mult": (1, 1)}
+    config["model"] |= SMALL
     return experiment.build(config)
 
 
 def compiled_step(mesh):
     """The training step of a bfloat16 network, and its text compiled for a mesh."""
     config = experiment.load_config("digits")
-    config["model"] |= {"channels": 8, "head_channels": 8, "channel_mult": (1, 1)}
+    config["model"] |= SMALL
     config["model"]["dtype"] = "bfloat16"
     config["train"] |= {"batch_size": 32, "fsdp": mesh.shape["fsdp"]}
     step = train.make_step(experiment.build(config), mesh)
-    rows = meshes.placed(step.rows, {name: meshes.batch_sharding(mesh) for name in step.rows})
-    program = step.run.lower(
-        meshes.placed(step.shapes, step.shardings), {}, rows, jax.random.key(0)
-    )
+    program = step.run.lower(step.shapes, {}, step.rows, jax.random.key(0))
     return step, program.compile(compiler_options={"xla_backend_optimization_level": 0}).as_text()
 
 
 def test_the_state_is_donated(tiny_model):
     """Each array of it is given back in its own place: a step needs no second state."""
     step = train.make_step(tiny_model, meshes.make_mesh(1, jax.devices()[:1]))
-    state = meshes.placed(step.shapes, step.shardings)
-    text = step.run.lower(state, step.frozen, step.rows, jax.random.key(0)).as_text()
-    assert text.count("tf.aliasing_output") == len(jax.tree.leaves(step.shapes)) > 100
+    text = step.run.lower(step.shapes, step.frozen, step.rows, jax.random.key(0)).as_text()
+    assert text.count("tf.aliasing_output") == len(jax.tree.leaves(step.shapes)) > 50
 
 
 @pytest.mark.slow
