@@ -11,7 +11,7 @@ import recipe
 from flax import nnx
 
 from cfg_jax import executed, hlo
-from cfg_jax.models import affine, attention, doubled, layers, network, weights
+from cfg_jax.models import affine, attention, doubled, draws, layers, network, weights
 from cfg_jax.types import UsageError
 
 CLASSES = 3
@@ -354,6 +354,33 @@ def test_dropout_keeps_the_mean_and_drops_the_rate():
     x = layers.dropout(jnp.ones((1000, 1000)), 0.3, jax.random.key(0))
     assert abs((x == 0).mean() - 0.3) < 5 * (0.3 * 0.7 / 1e6) ** 0.5
     assert abs(x.mean() - 1) < 5 * (0.3 / 0.7 / 1e6) ** 0.5
+
+
+@pytest.mark.parametrize("count, size", [(1, 1), (3, 7), (16, 1024)])
+def test_a_cpu_draws_what_others_draw(count, size):
+    """Halves of jax's words, of another kind of key, too; there its rounds are not looped over."""
+    for impl in ("threefry2x32", "rbg"):
+        key = jax.random.key(7, impl=impl)
+        words = np.asarray(jax.random.bits(key, (count, -(-size // 2))))
+        want = np.concatenate([words & 0xFFFF, words >> 16], axis=1)[:, :size]
+        drawn = jax.jit(draws.draws, static_argnums=(1, 2))(key, count, size)
+        np.testing.assert_array_equal(drawn, want)
+
+    def text(draw, platform):
+        draw = jax.jit(draw).trace(jax.random.key(0))
+        return draw.lower(lowering_platforms=(platform,)).as_text()
+
+    def ours(key):
+        return draws.draws(key, count, size)
+
+    def theirs(key):
+        return jax.random.bits(key, (count, -(-size // 2)))
+
+    assert "while" not in text(ours, "cpu") and "while" in text(theirs, "cpu")
+    for platform in ("tpu", "cuda"):
+        both = [text(draw, platform) for draw in (ours, theirs)]
+        assert both[0].count("xor") == both[1].count("xor"), "jax's rounds, and no others"
+        assert "barrier" not in both[0]
 
 
 def test_every_layer_draws_its_own_mask(net, params, monkeypatch):

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from cfg_jax.models import affine, doubled, norm, once
+from cfg_jax.models import affine, doubled, draws, norm, once
 from cfg_jax.types import Array, UsageError
 
 _uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -45,9 +45,8 @@ def dropout(x: Array, rate: float, key: Array | None) -> Array:
         return x
     kept = max(round((1 - rate) * 2**16), 1)
     size = math.prod(x.shape[1:])
-    words = jax.random.bits(key, (x.shape[0], -(-size // 2)), jnp.uint32)  # two axes: see _kernel
-    draws = jnp.concatenate([words & 0xFFFF, words >> 16], axis=1)[:, :size]
-    return jnp.where((draws < kept).reshape(x.shape), x * (2**16 / kept), 0)
+    drawn = draws.draws(key, x.shape[0], size)
+    return jnp.where((drawn < kept).reshape(x.shape), x * (2**16 / kept), 0)
 
 
 def sinusoid(s: Array, dim: int) -> Array:
