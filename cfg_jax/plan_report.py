@@ -46,7 +46,9 @@ def describe(report: Mapping[str, Any], model: experiment.Experiment) -> list[st
     if found := report.get("search"):
         rows = {f"{batch} a chip": r for batch, r in found["tried"].items()}
         lines += ["", *table(rows)]
-        lines.append(f"largest that was compiled and fits: {found['largest_batch_a_chip']} a chip")
+        largest = found["largest_batch_a_chip"]
+        told = f"{largest} a chip" if largest else "none"
+        lines.append(f"largest that was compiled and fits: {told}")
     return lines
 
 
