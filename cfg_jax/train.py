@@ -55,9 +55,7 @@ def items(state: train_step.TrainState) -> dict[str, Any]:
 
 
 class Step(NamedTuple):
-    """The training step of an experiment on a mesh, and what it is compiled for: shapes that carry
-    their shardings.
-    """
+    """The training step on a mesh, and the shapes, with shardings, that it is compiled for."""
 
     run: Any  # (state, frozen, batch, key) -> (state, metrics), jitted; the state is donated
     init: Callable  # key -> state
@@ -100,11 +98,11 @@ def make_step(model: experiment.Experiment, mesh: Mesh) -> Step:
         out_shardings=(shardings, meshes.replicated(mesh)),
         compiler_options=meshes.compiler_options(mesh),
     )
+    row = functools.partial(jax.ShapeDtypeStruct, sharding=meshes.batch_sharding(mesh))
     rows = {
-        "image": jax.ShapeDtypeStruct((plan.batch_size, *model.dataset.image_shape), np.uint8),
-        "label": jax.ShapeDtypeStruct((plan.batch_size,), np.int32),
+        "image": row((plan.batch_size, *model.dataset.image_shape), np.uint8),
+        "label": row((plan.batch_size,), np.int32),
     }
-    rows = meshes.placed(rows, dict.fromkeys(rows, meshes.batch_sharding(mesh)))
     return Step(run, init, shapes, shardings, frozen, rows)
 
 
@@ -147,7 +145,7 @@ def train(
     # Shapes, then shardings, then arrays: nothing is ever whole on one device.
     key_init, key_train = jax.random.split(jax.random.key(plan.seed))
     step_fn, init, shapes, shardings, frozen, rows = make_step(model, mesh)
-    # What only a trace finds wrong, here. The first step, of the same types, traces nothing again.
+    # What only a trace finds wrong, here; of the arrays' types, so that the first step takes it up.
     step_fn.eval_shape(shapes, frozen, rows, key_train)
     new = not checkpoint.has_checkpoint(workdir)
     begin = start.load_start(init_from, model, shardings.ema) if init_from and new else None

@@ -17,14 +17,21 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
-# A network of one level, 12 thousand parameters: most of what it costs a test is to trace it.
-SMALL = {"channels": 8, "num_res_blocks": 1, "channel_mult": (1,), "attention_resolutions": ()}
-SMALL |= {"head_channels": 8}
-# A digits run small enough for a test: 8x8 images, 8 noise levels.
-TINY = (
-    "--config=digits",
-    *(f"--config.model.{field}={value}" for field, value in SMALL.items()),
-    "--config.optimizer.learning_rate=0.003",
+# Networks small enough for a test, of which most of the cost is to trace them: one of 12 thousand
+# parameters that has all but what a U-Net does between its levels, and one of two levels.
+ONE_LEVEL = {"channels": 8, "num_res_blocks": 1, "head_channels": 8}
+ONE_LEVEL |= {"channel_mult": (1,), "attention_resolutions": ()}
+TWO_LEVELS = ONE_LEVEL | {"channel_mult": (1, 1), "attention_resolutions": (4,)}
+
+
+def network_flags(fields: Mapping[str, object]) -> list[str]:
+    """A tuple must be given once: what is given again is added to it."""
+    return [f"--config.model.{field}={value}" for field, value in fields.items()]
+
+
+# A digits run with such a network: 8x8 images, 8 noise levels.
+RUN = (
+    "--config.optimizer.learning_rate=0.003",  # a hundred steps are to learn something
     "--config.train.batch_size=16",
     "--config.train.log_every=5",
     "--config.train.checkpoint_every=10",
@@ -32,6 +39,8 @@ TINY = (
     "--config.sample.steps=8",
     "--config.sample.batch_size=16",
 )
+TINY = ("--config=digits", *network_flags(ONE_LEVEL), *RUN)
+TINY_TWO_LEVELS = ("--config=digits", *network_flags(TWO_LEVELS), *RUN)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,11 +4,12 @@ import os
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# What one test has compiled others take, in pytest's processes and in the jobs.
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+# What one test has compiled others take, in pytest's processes and in the jobs. A folder of their
+# own: a job that is killed may leave half of a program, which all after it would compile again.
+if "PYTEST_XDIST_WORKER" not in os.environ:
     _compiled = tempfile.TemporaryDirectory(prefix="cfg_jax_compiled_")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_cpu_collective_call_warn_stuck_timeout_seconds=300"
@@ -22,7 +23,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_disable_most_optimizations", True)
 import pytest
 from archives import write as write_archives
-from cli import SMALL, TINY, Cli
+from cli import ONE_LEVEL, TINY, TINY_TWO_LEVELS, Cli
 
 from cfg_jax import experiment, stored
 
@@ -57,6 +58,12 @@ def tiny():
 
 
 @pytest.fixture(scope="session")
+def tiny_two_levels():
+    """The same with attention, and what a U-Net does between its levels."""
+    return TINY_TWO_LEVELS
+
+
+@pytest.fixture(scope="session")
 def trained(cli, tiny, tmp_path_factory):
     """The folder of a tiny run of 20 steps."""
     workdir = tmp_path_factory.mktemp("trained")
@@ -68,7 +75,7 @@ def trained(cli, tiny, tmp_path_factory):
 def small_classifier(name, path):
     """A classifier of random weights, as a file: what the jobs do with it is the same."""
     config = experiment.load_config(name)
-    config["model"] |= SMALL
+    config["model"] |= ONE_LEVEL
     built = experiment.build(config)
     stored.export(str(path), built.network.init(jax.random.key(1)), built.config, 7)
     return path

@@ -305,8 +305,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     # As users run it: with all of the compiler's passes.
-    cli = Cli({"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"})
     home = Path(tempfile.mkdtemp(prefix="cfg_jax_faults_"))
+    kept = {"JAX_COMPILATION_CACHE_DIR": str(home / "compiled")}
+    cli = Cli({"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", **kept})
     long, short = (
         straight(cli, home / f"straight_{steps}", steps) for steps in (options.steps, 200)
     )

@@ -17,6 +17,7 @@ import PIL.Image
 import pytest
 import recipe
 import torch_writer
+from cli import ONE_LEVEL, network_flags
 from test_convert import published_shapes
 from test_prepare import idx, place
 
@@ -27,9 +28,8 @@ from cfg_jax.diffusion import denoiser, guidance, samplers
 pytestmark = pytest.mark.slow
 
 # What comes last on a command line holds: a thin network, a short run, and this machine.
-THIN = {"channels": 8, "num_res_blocks": 1, "head_channels": 8}
-THIN |= {"channel_mult": (1, 1), "attention_resolutions": ()}
-NETWORK = [f"--config.model.{field}={value}" for field, value in THIN.items()]
+THIN = ONE_LEVEL | {"channel_mult": (1, 1)}
+NETWORK = network_flags(THIN)
 BATCH = ["--config.train.batch_size=16", "--config.sample.batch_size=16"]
 CHAIN = ["--config.sample.steps=4", "--config.sample.batch_size=16"]
 RUN = ["--config.train.steps=4", "--config.train.sample_every=0", "--config.ema.snapshot_every=2"]

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cli import SMALL
+from cli import ONE_LEVEL
 from faults import assert_equal, final_state
 
 import cfg_jax
@@ -28,7 +28,7 @@ def shaken(params, size=0.2):
 
 def small(name):
     config = experiment.load_config(name)
-    config["model"] |= SMALL
+    config["model"] |= ONE_LEVEL
     config["sample"] |= {"steps": 8, "batch_size": 16}
     return experiment.build(config)
 
@@ -179,7 +179,7 @@ def test_a_student_learns_and_is_a_model_like_others(cli, distilled, tmp_path):
     model = cfg_jax.load(str(distilled))
     model.save(tmp_path / "student.safetensors")
     config = experiment.load_config("digits_judge")
-    config["model"] |= SMALL
+    config["model"] |= ONE_LEVEL
     judge = experiment.build(config)
     judging = jax.jit(judge.network.init)(jax.random.key(1))
     stored.export(str(tmp_path / "judge.safetensors"), judging, judge.config, 1)

@@ -11,7 +11,7 @@ import zlib
 import numpy as np
 import PIL.Image
 import pytest
-from cli import SMALL
+from cli import ONE_LEVEL, network_flags
 
 from cfg_jax import experiment, prepare
 from cfg_jax.data import assembly, datasets, folder
@@ -298,10 +298,9 @@ def test_two_commands_train_and_sample_ones_own_pictures(cli, tmp_path):
         *("--size=8", "--name=halves", "--workers=1"),
     )
     assert done.status == 0 and "halves: now in" in done.out, done.err[-3000:]
-    tiny = [f"{field}={value}" for field, value in SMALL.items()] + ["dtype=float32"]
     command = ["train", "--config=image_folder", "--config.dataset.builder=halves"]
     command += [f"--config.dataset.data_dir={data}", f"--workdir={run}"]
-    command += [f"--config.model.{field}" for field in tiny]
+    command += [*network_flags(ONE_LEVEL), "--config.model.dtype=float32"]
     command += ["--config.train.steps=6", "--config.train.batch_size=8"]
     command += ["--config.train.sample_every=0", "--config.sample.steps=4"]
     done = cli(*command)

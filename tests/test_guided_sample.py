@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cli import SMALL
+from cli import ONE_LEVEL
 
 import cfg_jax
 from cfg_jax import experiment, generator, request, stored
@@ -29,10 +29,10 @@ FREE = guidance.ClassifierFree
 STEPS = 8
 
 
-def shaken(seed, **fields):
+def shaken(seed, channels=8, **fields):
     """A network of random weights: its output is not zero, and its label matters."""
     config = experiment.SCHEMA.complete(experiment.load_config("digits"))
-    config["model"] |= SMALL
+    config["model"] |= ONE_LEVEL | {"channels": channels, "head_channels": channels}
     config["sample"] |= {"steps": STEPS, "batch_size": 16, "grid": "uniform_lambda"}
     built = experiment.build({**config, **fields})
     params = jax.jit(built.network.init)(jax.random.key(seed))
@@ -193,9 +193,9 @@ def test_what_cannot_be_guided_is_refused(model):
 
 @pytest.fixture(scope="module")
 def weak(tmp_path_factory):
-    """A weaker model as a file, smaller than the tiny run and with an EMA of its own."""
+    """A weaker model as a file: narrower than the tiny run, a network of its own."""
     path = tmp_path_factory.mktemp("weak") / "weak.safetensors"
-    built, params = shaken(7)
+    built, params = shaken(7, channels=4)
     weights.save_safetensors(path, params, {"config": json.dumps(built.config), "step": "7"})
     return path
 

@@ -309,7 +309,7 @@ def test_kid_and_its_error_in_closed_form():
     # (1 + xy)^3 compares three moments: 3 (dm1)^2 + 3 (dm2)^2 + (dm3)^2 for points of a line.
     expected = 3 * 0.5**2 + 3 * 0.25**2 + 1.625**2
     trials = [
-        kid.kid(normal((1, i), 400, 1) + 0.5, normal((2, i), 400, 1), subsets=40) for i in range(60)
+        kid.kid(normal((1, i), 150, 1) + 0.5, normal((2, i), 150, 1), subsets=40) for i in range(60)
     ]
     values, errors = np.array(trials).T
     spread = values.std(ddof=1)

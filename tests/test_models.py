@@ -358,12 +358,13 @@ def test_dropout_keeps_the_mean_and_drops_the_rate():
 
 @pytest.mark.parametrize("count, size", [(1, 1), (3, 7), (16, 1024)])
 def test_a_cpu_draws_what_others_draw(count, size):
-    """Halves of jax's words, of another kind of key, too; there its rounds are not looped over."""
-    for impl in ("threefry2x32", "rbg"):
+    """Halves of jax's words, with other keys and counters, too; with its own without a loop."""
+    for impl, partitionable in (("threefry2x32", True), ("threefry2x32", False), ("rbg", True)):
         key = jax.random.key(7, impl=impl)
-        words = np.asarray(jax.random.bits(key, (count, -(-size // 2))))
+        with jax.threefry_partitionable(partitionable):
+            drawn = jax.jit(draws.draws, static_argnums=(1, 2))(key, count, size)
+            words = np.asarray(jax.random.bits(key, (count, -(-size // 2))))
         want = np.concatenate([words & 0xFFFF, words >> 16], axis=1)[:, :size]
-        drawn = jax.jit(draws.draws, static_argnums=(1, 2))(key, count, size)
         np.testing.assert_array_equal(drawn, want)
 
     def text(draw, platform):

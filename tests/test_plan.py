@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -160,6 +161,24 @@ def test_a_program_that_the_compiler_refused_does_not_fit_whatever_it_asked_for(
     assert "asked for 15.00 GiB" in plan_report.table({"one": report})[1]
 
 
+def test_a_search_goes_on_from_what_is_refused():
+    """A compiler that refuses more than 20 images."""
+    config = experiment.load_config("digits")
+    config["train"] |= {"batch_size": 64, "accumulate": 2}
+
+    def report(model):
+        images = model.train.batch_size
+        memory = programs.Memory(float(images), capacity=20.0, refused=images > 20)
+        return programs.Report(memory, wall_seconds=1.0, cpu_seconds=1.0, model_flops=1e9)
+
+    compiler = types.SimpleNamespace(
+        target=types.SimpleNamespace(devices=[None], capacity=20.0), training_step=report
+    )
+    found = plan.search(compiler, config, report(experiment.build(config)), tries=3)
+    assert found["largest_batch_a_chip"] == 16
+    assert list(found["tried"]) == [16, 28, 40, 64], "a quarter, then halves of what is left"
+
+
 def test_a_bound_is_the_slowest_of_three():
     v5e = chips.CHIPS["v5e"]
     bound = chips.bound(v5e, flops=197e12, moved=0.5 * 819e9, sent=0.25 * 200e9)
@@ -212,9 +231,9 @@ WIDER = ("--config.model.channels=32", "--config.model.head_channels=32")
 
 @needs_libtpu
 @pytest.mark.slow
-def test_a_plan_for_tpus(cli, tiny, tmp_path):
+def test_a_plan_for_tpus(cli, tiny_two_levels, tmp_path):
     flags = ("--topology=v5e:2x2", BFLOAT16, "--variants=gradient_dtype=bfloat16,fsdp=4")
-    report, told = report_of(cli, tmp_path, *tiny, *WIDER, *flags)
+    report, told = report_of(cli, tmp_path, *tiny_two_levels, *WIDER, *flags)
     step, sampler = report["step"], report["sampler"]
     assert (report["devices"], report["device_kind"]) == (4, "TPU v5 lite")
     assert step["memory"]["fits"] and step["flops_ratio"] <= 1.05
@@ -251,7 +270,7 @@ def test_the_search_begins_at_what_fits(cli, tiny, tmp_path):
 @needs_libtpu
 @pytest.mark.slow
 def test_what_does_not_fit_is_told(cli, tmp_path):
-    """Wide images of few layers: memory for the step without much to compile, and none is made."""
+    """Wide images of few layers: memory for a step, which the compiler refuses at once."""
     flags = (
         "--config=imagenet64",
         "--topology=v5e:1x1",

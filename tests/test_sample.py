@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import PIL.Image
 import pytest
-from cli import SMALL
+from cli import TWO_LEVELS
 
 import cfg_jax
 from cfg_jax import card, experiment, generator, stored
@@ -16,7 +16,7 @@ from cfg_jax import card, experiment, generator, stored
 def model():
     """A network with random weights: its output is not zero, and w matters."""
     config = experiment.SCHEMA.complete(experiment.load_config("digits"))
-    config["model"] |= SMALL
+    config["model"] |= TWO_LEVELS
     config["sample"] |= {"steps": 8, "batch_size": 16}
     built = experiment.build(config)
     params = jax.jit(built.network.init)(jax.random.key(0))

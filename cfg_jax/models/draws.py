@@ -1,4 +1,4 @@
-"""Random draws for dropout, which a CPU makes without leaving its registers.
+"""Random draws for dropout, which a CPU makes in one pass.
 
 `jax.random.bits` on CPU is a loop over Threefry's rounds that writes all words to memory and reads
 them again at each; here the rounds are written out, and become one pass. The draws are the same on
@@ -23,10 +23,11 @@ def draws(key: Array, count: int, size: int) -> Array:
     In a row the lower halves come first, then the upper ones.
     """
     shape = (count, -(-size // 2))
-    ours = jax.random.key_impl(key) == "threefry2x32" and math.prod(shape) < 2**32
+    known = jax.random.key_impl(key) == "threefry2x32" and jax.config.jax_threefry_partitionable
+    known &= math.prod(shape) < 2**32
     split = jax.lax.platform_dependent(
         key,
-        cpu=functools.partial(_written_out if ours else _halves, shape=shape),
+        cpu=functools.partial(_written_out if known else _halves, shape=shape),
         default=functools.partial(_halves, shape=shape),
     )
     return split[:, :size]
