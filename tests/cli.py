@@ -38,10 +38,7 @@ RUN = (
     "--config.sample.steps=8",
     "--config.sample.batch_size=16",
 )
-QUICK = "--config.optimizer.learning_rate=0.003"  # a hundred steps of it learn something
-TINY = ("--config=digits", *network_flags(ONE_LEVEL), *RUN, QUICK)
-# At the config's rate, for tests that compare devices: Adam steps by the rate even where a gradient
-# is but rounding, as that of the bias of attention's keys is.
+TINY = ("--config=digits", *network_flags(ONE_LEVEL), *RUN)
 TINY_TWO_LEVELS = ("--config=digits", *network_flags(TWO_LEVELS), *RUN)
 
 
