@@ -23,7 +23,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_disable_most_optimizations", True)
 import pytest
 from archives import write as write_archives
-from cli import ONE_LEVEL, TINY, TINY_TWO_LEVELS, Cli
+from cli import ONE_LEVEL, QUICK, TINY, TINY_TWO_LEVELS, Cli
 
 from cfg_jax import experiment, stored
 
@@ -54,7 +54,7 @@ def cli():
 @pytest.fixture(scope="session")
 def tiny():
     """The flags of a run small enough for a test."""
-    return TINY
+    return (*TINY, *QUICK)
 
 
 @pytest.fixture(scope="session")
