@@ -39,8 +39,8 @@ RUN = (
     "--config.sample.batch_size=16",
 )
 TINY = ("--config=digits", *network_flags(ONE_LEVEL), *RUN)
-# With it twenty steps teach a network enough for images to depend on noise, label and w. Networks with
-# attention keep the config's rate: by it Adam moves the bias of the keys, whose gradient is rounding.
+# With it twenty steps teach a network enough for images to depend on noise, label and w. What is
+# compared over devices keeps the config's rate: by it Adam moves what has a gradient of rounding only.
 QUICK = (
     "--config.optimizer.learning_rate=0.01",
     "--config.optimizer.warmup_steps=5",

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cli import ONE_LEVEL, TWO_LEVELS
+from cli import ONE_LEVEL, TINY, TWO_LEVELS
 from faults import assert_equal, distance, final_state, run_together
 
 from cfg_jax import experiment, hlo, reconstruct, stored, traffic, train, train_step
@@ -250,14 +250,14 @@ def test_one_and_eight_devices_train_the_same(cli, tiny_two_levels, tmp_path):
 
 
 @pytest.mark.slow
-def test_one_and_two_processes_train_the_same(cli, tiny, tmp_path):
+def test_one_and_two_processes_train_the_same(cli, tmp_path):
     """20 steps in two processes; then as many more, in one, from their checkpoint."""
     alone, together = tmp_path / "1", tmp_path / "2"
-    run = [*tiny, "--config.train.steps=20"]
+    run = [*TINY, "--config.train.steps=20"]
     assert cli("train", *run, f"--workdir={alone}").status == 0
     run_together(cli, 2, "train", *run, f"--workdir={together}")
     assert distance(final_state(together), final_state(alone)) < 1e-4
-    further = [*tiny, "--config.train.steps=25"]
+    further = [*TINY, "--config.train.steps=25"]
     assert cli("train", *further, f"--workdir={together}").status == 0
     assert cli("train", *further, f"--workdir={alone}").status == 0
     assert distance(final_state(together), final_state(alone)) < 1e-4
