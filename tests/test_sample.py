@@ -102,6 +102,7 @@ def test_the_command_writes_a_grid_for_each_w_from_the_same_seeds(cli, trained, 
     assert data["images"].shape == (2, 15, 8, 8, 1) and data["images"].dtype == np.uint8
     assert data["labels"].tolist() == [3] * 5 + [1] * 5 + [4] * 5
     assert data["w"].tolist() == [0.0, 1.5] and data["step"] == 20
+    assert not near(*data["images"]), "each w has its own"
     model = cfg_jax.load(str(trained))
     again = model.sample(data["labels"], w=1.5, seed=9)
     assert near(again, data["images"][1]), "the Python API is the same program"
