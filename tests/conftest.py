@@ -22,6 +22,8 @@ jax.config.update("jax_num_cpu_devices", 8)
 # Compiling is most of what a small network costs a test.
 jax.config.update("jax_disable_most_optimizations", True)
 import pytest
+
+pytest.register_assert_rewrite("faults")  # a failure there shows its values, as a test's does
 from archives import write as write_archives
 from cli import ONE_LEVEL, QUICK, TINY, TINY_TWO_LEVELS, Cli
 
