@@ -106,7 +106,7 @@ def _by_kernel_over_rows(x: Array, g: Array, *, kernel: jax.ShapeDtypeStruct, pa
     up_down, (left, right) = pads
     padded = jnp.pad(g, ((0, 0), (0, 0), (wide - 1 - left, wide - 1 - right), (0, 0)))
     moved = [padded[:, :, wide - 1 - j : wide - 1 - j + w] for j in range(wide)]
-    moved = jnp.concatenate(moved, axis=-1).swapaxes(0, 1).reshape(g.shape[1], b * w, -1)
+    moved = jnp.stack(moved, axis=-2).swapaxes(0, 1).reshape(g.shape[1], b * w, -1)
     out = jax.lax.conv_general_dilated(
         x.transpose(3, 1, 0, 2).reshape(c, h, b * w),
         moved,
@@ -134,15 +134,10 @@ def multiply(x: Array, kernel: Array) -> Array:
 
 def _multiply_backward(saved: tuple[Array, Array], g: Array):
     x, kernel = saved
-    rows = tuple(range(x.ndim - 1))
     by_x = jnp.matmul(g, kernel.astype(g.dtype).T, precision=precision(g))
-    by_kernel = jax.lax.dot_general(
-        x,
-        g,
-        ((rows, rows), ((), ())),
-        precision=precision(x),
-        preferred_element_type=kernel.dtype,
-    )
+    # As one axis of rows: over several XLA:CPU would turn x around first.
+    x, g = (a.reshape(-1, a.shape[-1]) for a in (x, g))
+    by_kernel = jnp.matmul(x.T, g, precision=precision(x), preferred_element_type=kernel.dtype)
     return by_x, by_kernel
 
 
