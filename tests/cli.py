@@ -39,8 +39,7 @@ RUN = (
     "--config.sample.batch_size=16",
 )
 TINY = ("--config=digits", *network_flags(ONE_LEVEL), *RUN)
-# With it twenty steps teach a network enough for images to depend on noise, label and w. What is
-# compared over devices keeps the config's rate, as what rounding does grows with it.
+# With it twenty steps teach a network enough for images to depend on noise, label and w.
 QUICK = (
     "--config.optimizer.learning_rate=0.01",
     "--config.optimizer.warmup_steps=5",

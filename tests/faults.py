@@ -124,10 +124,15 @@ def told(result, start: str) -> str:
     return lines[0]
 
 
-def straight(cli: Cli, workdir: Path, steps: int) -> dict[str, np.ndarray]:
-    """The state of a run that nothing happens to."""
+def run_straight(cli: Cli, workdir: Path, steps: int) -> None:
+    """A run that nothing happens to."""
     result = cli("train", *TINY, f"--workdir={workdir}", f"--config.train.steps={steps}")
     assert result.status == 0, result.err[-3000:]
+
+
+def straight(cli: Cli, workdir: Path, steps: int) -> dict[str, np.ndarray]:
+    """The state of a run that nothing happens to."""
+    run_straight(cli, workdir, steps)
     return final_state(workdir)
 
 
@@ -274,6 +279,7 @@ def one_of_two(cli: Cli, workdir: Path, *, victim: int, signal: int) -> Seen:
     Then both go on, then one, to what one process makes that is never stopped.
     """
     killed = signal == 9
+    # At the config's rate: what rounding does grows with it, and a fast machine makes many steps.
     run = [*TINY, f"--workdir={workdir}"]
     jobs = start_together(cli, 2, "train", *run, ENDLESS, "--unfinished_status=75")
     wait_for(jobs[0], lambda: logged(workdir) >= 15 and saved(workdir))
@@ -303,7 +309,7 @@ def one_of_two(cli: Cli, workdir: Path, *, victim: int, signal: int) -> Seen:
     alone = cli("train", *run, f"--config.train.steps={steps}")
     assert alone.status == 0 and f"going on from step {halfway} of {steps}" in alone.err
     never = workdir.with_name(f"{workdir.name}_straight")
-    straight(cli, never, steps)
+    run_straight(cli, never, steps)
     apart = distance(outputs(workdir), outputs(never))
     assert apart < 1e-5, (apart, steps)
     return Seen(
@@ -329,7 +335,7 @@ def main() -> None:
     long, short = (
         straight(cli, home / f"straight_{steps}", steps) for steps in (options.steps, 200)
     )
-    print("| fault | times | the user reads | steps lost | final parameters |")
+    print("| fault | times | the user reads | steps lost | at the end |")
     print("|---|---|---|---|---|")
 
     def tell(seen: Seen | None) -> None:

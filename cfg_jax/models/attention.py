@@ -49,8 +49,8 @@ def _einsum(form: str, a: Array, b: Array, kind: jnp.dtype | None = None) -> Arr
 def _over_keys(weights: Array, of: Array, kind: jnp.dtype | None = None) -> Array:
     """[B, heads, N, N], [B, N, heads, d] -> sums over keys [B, N, heads, d].
 
-    Asked for in that order, the product would be made the other way around, of d rows and not of
-    N, and on a CPU take twice as long at 16 x 16.
+    Asked for in that order, einsum would exchange the two sides: a product of d rows and not of N,
+    which takes a CPU twice as long at 16 x 16.
     """
     return _einsum("bhqk,bkhd->bhqd", weights, of, kind).swapaxes(1, 2)
 
