@@ -229,8 +229,8 @@ def test_one_and_eight_devices_train_the_same(cli, tiny_two_levels, tmp_path):
         assert result.status == 0, result.err[-3000:]
         assert f"on {devices} devices" in result.err
         said.append(outputs(workdir))
-    assert distance(said[1], said[0]) < 1e-5
-    assert distance(said[2], said[0]) < 1e-5
+    assert distance(said[1], said[0]) < 1e-4
+    assert distance(said[2], said[0]) < 1e-4
     # And each goes on from the other's checkpoint, whole on one device or split over four.
     ends = []
     for begun, devices, fsdp in (("1_1", 8, 4), ("8_4", 1, 1)):
@@ -247,7 +247,7 @@ def test_one_and_eight_devices_train_the_same(cli, tiny_two_levels, tmp_path):
         assert result.status == 0, result.err[-3000:]
         assert "going on from step 20 of 25" in result.err and f"on {devices} devices" in result.err
         ends.append(outputs(tmp_path / begun))
-    assert distance(ends[1], ends[0]) < 1e-5
+    assert distance(ends[1], ends[0]) < 1e-4
 
 
 @pytest.mark.slow
@@ -257,11 +257,11 @@ def test_one_and_two_processes_train_the_same(cli, tiny, tmp_path):
     run = [*tiny, "--config.train.steps=20"]
     assert cli("train", *run, f"--workdir={alone}").status == 0
     run_together(cli, 2, "train", *run, f"--workdir={together}")
-    assert distance(outputs(together), outputs(alone)) < 1e-5
+    assert distance(outputs(together), outputs(alone)) < 1e-4
     further = [*tiny, "--config.train.steps=25"]
     assert cli("train", *further, f"--workdir={together}").status == 0
     assert cli("train", *further, f"--workdir={alone}").status == 0
-    assert distance(outputs(together), outputs(alone)) < 1e-5
+    assert distance(outputs(together), outputs(alone)) < 1e-4
     # Sampling is one program on both processes, too.
     for workdir, count in ((alone, 1), (together, 2)):
         out = [f"--workdir={workdir}", "--w=1", "--per_label=2"]
