@@ -148,6 +148,37 @@ def test_the_gradient_of_a_convolution_is_jaxs_own(stride, side, kernel_side):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
+def plain_attention(qkv, heads, order):
+    """By its definition, of arrays taken apart by indices."""
+    b, n, _ = qkv.shape
+    if order == "new":
+        q, k, v = jnp.moveaxis(qkv.reshape(b, n, 3, heads, -1), 2, 0)
+    else:
+        q, k, v = jnp.moveaxis(qkv.reshape(b, n, heads, 3, -1), 3, 0)
+    logits = jnp.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
+    return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(logits), v)
+
+
+@pytest.mark.parametrize("order", ["new", "legacy"])
+def test_the_gradient_of_attention_is_jaxs_own(order, float64):
+    qkv = jax.random.normal(jax.random.key(0), (2, 6, 24))
+    ours, pull = jax.vjp(lambda x: attention.attend(*attention.split_heads(x, 2, order)), qkv)
+    theirs, their_pull = jax.vjp(lambda x: plain_attention(x, 2, order), qkv)
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    g = jax.random.normal(jax.random.key(1), ours.shape)
+    np.testing.assert_allclose(pull(g)[0], their_pull(g)[0], atol=1e-5)
+
+
+def test_the_gradient_of_a_product_is_jaxs_own(float64):
+    x, kernel, g = (
+        jax.random.normal(jax.random.key(i), shape)
+        for i, shape in enumerate(((2, 3, 5, 4), (4, 6), (2, 3, 5, 6)))
+    )
+    ours, theirs = (jax.vjp(f, x, kernel)[1](g) for f in (affine.multiply, jnp.matmul))
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
 def _doubled_plainly(x, kernel):
     return affine.convolve(doubled.double(x), kernel)
 
