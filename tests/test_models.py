@@ -11,7 +11,17 @@ import recipe
 from flax import nnx
 
 from cfg_jax import executed, hlo
-from cfg_jax.models import affine, attention, doubled, draws, layers, network, weights
+from cfg_jax.models import (
+    affine,
+    attention,
+    doubled,
+    draws,
+    layers,
+    network,
+    unet,
+    weights,
+    winograd,
+)
 from cfg_jax.types import UsageError
 
 CLASSES = 3
@@ -183,22 +193,24 @@ def _doubled_plainly(x, kernel):
     return affine.convolve(doubled.double(x), kernel)
 
 
+def _with_gradients(convolve, x, kernel, g):
+    @QUICK
+    def run(x, kernel, g):
+        out, pull = jax.vjp(convolve, x, kernel)
+        return out, *pull(g)
+
+    return [np.asarray(a, np.float32) for a in run(x, kernel, g)]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_convolution_of_a_doubled_image_needs_no_doubled_image(dtype):
     """The same numbers and gradients; that of the kernel is never rounded to the image's dtype."""
     x = jnp.asarray(recipe.draw("x", (2, 4, 5, 3)), dtype)
     kernel = jnp.asarray(recipe.draw("k", (3, 3, 3, 4)), jnp.float32)
     g = jnp.asarray(recipe.draw("g", (2, 8, 10, 4)), dtype)
-
-    def ran(convolve):
-        @QUICK
-        def run(x, kernel, g):
-            out, pull = jax.vjp(convolve, x, kernel)
-            return out, *pull(g)
-
-        return [np.asarray(a, np.float32) for a in run(x, kernel, g)]
-
-    (out, by_x, by_kernel), plain = ran(doubled.convolve), ran(_doubled_plainly)
+    (out, by_x, by_kernel), plain = (
+        _with_gradients(convolve, x, kernel, g) for convolve in (doubled.convolve, _doubled_plainly)
+    )
     assert out.shape == (2, 8, 10, 4)
     near = 1e-6 if dtype == "float32" else 2**-7
     for got, want in zip((out, by_x), plain[:2]):
@@ -206,23 +218,75 @@ def test_a_convolution_of_a_doubled_image_needs_no_doubled_image(dtype):
     np.testing.assert_allclose(by_kernel, plain[2], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("height, width", [(1, 4), (5, 8), (6, 20)])
+def test_half_of_the_products_make_the_same_convolution(height, width):
+    """Tiles of four columns: one that has no neighbours, ones at the ends, and ones between."""
+    x, kernel, g = (
+        jnp.asarray(recipe.draw(name, shape), jnp.float32)
+        for name, shape in zip(
+            "xkg", ((2, height, width, 7), (3, 3, 7, 5), (2, height, width, 5)), strict=True
+        )
+    )
+    ours, plain = (
+        _with_gradients(convolve, x, kernel, g)
+        for convolve in (winograd.by_columns, affine.convolve)
+    )
+    for got, want in zip(ours, plain, strict=True):
+        assert got.shape == want.shape
+        assert np.linalg.norm(got - want) < 3e-6 * np.linalg.norm(want)
+
+
+def _products(function, *arguments, platform):
+    """FLOPs of the products of a function and its gradients, as lowered for a platform."""
+
+    def both(*arguments):
+        total = jax.value_and_grad(lambda *a: jnp.sum(function(*a) ** 2), (0, 1))
+        return total(*arguments)
+
+    lowered = jax.jit(both).trace(*arguments).lower(lowering_platforms=(platform,))
+    return executed.flops(hlo.parse(lowered.as_text("hlo")))
+
+
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
-def test_only_a_cpu_takes_the_kernel_of_a_doubled_image_apart(platform):
-    """Others multiply what the published network does, a CPU about half of it."""
-    x, kernel = jnp.ones((1, 4, 4, 8)), jnp.ones((3, 3, 8, 8))
-
-    def text(convolve):
-        def by_both(x, kernel):
-            return jax.grad(lambda x, k: jnp.sum(convolve(x, k) ** 2), (0, 1))(x, kernel)
-
-        traced = jax.jit(by_both).trace(x, kernel)
-        return traced.lower(lowering_platforms=(platform,)).as_text("hlo")
-
-    flops = [executed.flops(hlo.parse(text(c))) for c in (doubled.convolve, _doubled_plainly)]
-    if platform == "cpu":
-        assert flops[0] < 0.6 * flops[1]
+@pytest.mark.parametrize(
+    "ours, plain, share, x",
+    [
+        (doubled.convolve, _doubled_plainly, 0.6, (1, 8, 8, 8)),
+        (winograd.convolve, affine.convolve, 0.55, (1, 4, 16, 64)),
+        (winograd.convolve, affine.convolve, 1, (1, 4, 12, 64)),
+        (winograd.convolve, affine.convolve, 1, (1, 4, 18, 64)),
+        (winograd.convolve, affine.convolve, 1, (1, 4, 16, 32)),
+    ],
+    ids=["doubled", "large", "narrow", "not in tiles", "few channels"],
+)
+def test_only_a_cpu_saves_products(platform, ours, plain, share, x):
+    """Others multiply what the published network does, a CPU about half where it pays."""
+    x, kernel = jnp.ones(x), jnp.ones((3, 3, x[-1], x[-1]))
+    got, want = (_products(f, x, kernel, platform=platform) for f in (ours, plain))
+    if platform == "cpu" and share < 1:
+        assert got < share * want
     else:
-        assert flops[0] == flops[1]
+        assert got == want
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_products_that_are_kept_are_not_multiplied_again(platform):
+    """Of every kind of layer, large enough for a CPU's forms: `remat` "products", not "blocks"."""
+
+    def flops(remat):
+        def build(rngs):
+            res = functools.partial(layers.ResBlock, rngs, 64, 64, embedding=8)
+            attend = attention.Attention(rngs, 64)
+            return unet.Block(res(), attend, res(resample="up"), remat=remat)
+
+        graph, state = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
+        run = lambda state, x: nnx.merge(graph, state)(x, jnp.ones((1, 8)))  # noqa: E731
+        x = jax.ShapeDtypeStruct((1, 16, 16, 64), jnp.float32)
+        return _products(run, state, x, platform=platform)
+
+    none, products, blocks = map(flops, ("none", "products", "blocks"))
+    assert products == pytest.approx(none, rel=1e-3)
+    assert blocks > 1.2 * none
 
 
 def test_a_classifiers_logits_are_an_affine_map_of_its_features():

@@ -7,6 +7,7 @@ rules give both in the one of the image. Reverse mode only.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -120,6 +121,28 @@ def _by_kernel_over_rows(x: Array, g: Array, *, kernel: jax.ShapeDtypeStruct, pa
 
 
 _padded.defvjp(_convolve_forward, _convolve_backward)
+
+
+def on_cpu(form: Callable, elsewhere: Callable) -> Callable[[Array, Array], Array]:
+    """Of two functions (x, kernel) -> y that say the same, the one for the platform.
+
+    It is chosen when a program is lowered. The gradient is of the same form; nothing but x and the
+    kernel is kept for it, whatever either would have kept. Reverse mode only.
+    """
+
+    def pull(function):
+        return lambda x, kernel, g: jax.vjp(function, x, kernel)[1](g)
+
+    @jax.custom_vjp
+    def either(x: Array, kernel: Array) -> Array:
+        return jax.lax.platform_dependent(x, kernel, cpu=form, default=elsewhere)
+
+    def backward(saved: tuple[Array, Array], g: Array):
+        g = once.once(g)
+        return jax.lax.platform_dependent(*saved, g, cpu=pull(form), default=pull(elsewhere))
+
+    either.defvjp(lambda x, kernel: (either(x, kernel), (x, kernel)), backward)
+    return lambda x, kernel: either(once.settled(x), kernel)
 
 
 def _multiply(x: Array, kernel: Array):

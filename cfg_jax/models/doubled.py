@@ -24,17 +24,6 @@ def double(x: Array) -> Array:
     return x.repeat(2, axis=1).repeat(2, axis=2)
 
 
-def convolve(x: Array, kernel: Array) -> Array:
-    """`affine.convolve` of `double(x)`: x [B, H, W, C], kernel [3, 3, C, D] -> [B, 2 H, 2 W, D].
-
-    Equal to rounding on all platforms. Only a CPU takes the kernel apart, where it was measured;
-    other programs are those of the published network.
-    """
-    return jax.lax.platform_dependent(
-        x, kernel, cpu=_by_parity, default=lambda x, kernel: affine.convolve(double(x), kernel)
-    )
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _apart(kernel: Array, read: jnp.dtype) -> Array:
     """The kernels by parity of row and column, [row, 2, 2, C, column, D], summed in float32.
@@ -66,3 +55,16 @@ def _by_parity(x: Array, kernel: Array) -> Array:
         y = affine.convolve(x, part.reshape(2, 2, c, -1), pads=pads).reshape(b, h, w + 1, 2, -1)
         rows.append(jnp.stack([y[:, :, j : j + w, j] for j in range(2)], axis=3))
     return jnp.stack(rows, axis=2).reshape(b, 2 * h, 2 * w, -1)
+
+
+def _of_doubled(x: Array, kernel: Array) -> Array:
+    return affine.convolve(double(x), kernel)
+
+
+def convolve(x: Array, kernel: Array) -> Array:
+    """`affine.convolve` of `double(x)`: x [B, H, W, C], kernel [3, 3, C, D] -> [B, 2 H, 2 W, D].
+
+    Equal to rounding on all platforms. Only a CPU takes the kernel apart, where it was measured;
+    other programs are those of the published network.
+    """
+    return affine.on_cpu(_by_parity, _of_doubled)(x, kernel)

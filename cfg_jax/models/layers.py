@@ -16,9 +16,12 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
-from cfg_jax.models import affine, doubled, draws, norm, once
+from cfg_jax.models import affine, doubled, draws, norm, once, winograd
 from cfg_jax.types import Array, UsageError
+
+CONVOLVED = "convolved"  # what `unet.REMAT` calls results of convolutions
 
 _uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
@@ -75,7 +78,13 @@ class Conv(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         x, kernel = x.astype(self.dtype), self.kernel[...]
-        x = doubled.convolve(x, kernel) if self.doubles else affine.convolve(x, kernel, self.stride)
+        if self.doubles:
+            x = doubled.convolve(x, kernel)
+        elif self.stride == 1:
+            x = winograd.convolve(x, kernel)
+        else:
+            x = affine.convolve(x, kernel, self.stride)
+        x = checkpoint_name(x, CONVOLVED)
         return affine.add_bias(x, self.bias[...])
 
 

@@ -16,8 +16,9 @@ from cfg_jax.models import attention, layers
 from cfg_jax.types import Array, Cond, UsageError
 
 
-def _is_product(primitive, *_, **__) -> bool:
-    return primitive.name in ("conv_general_dilated", "dot_general")
+def _is_product(primitive, *_, name=None, **__) -> bool:
+    """A convolution goes by its name, as its form is not the same on all platforms."""
+    return primitive.name == "dot_general" or name == layers.CONVOLVED
 
 
 # What the gradient keeps of a block; it computes the rest again, from the block's input.
