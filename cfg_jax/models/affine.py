@@ -36,7 +36,7 @@ def _convolve(x: Array, kernel: Array, stride: int, pads: Pads) -> Array:
 
 
 def convolve(x: Array, kernel: Array, stride: int = 1, pads: Pads | None = None) -> Array:
-    """The one convolution of the package: NHWC, HWIO, PyTorch's symmetric padding if none is given.
+    """What all convolutions are made of: NHWC, HWIO, PyTorch's symmetric padding if none is given.
 
     With stride 1 its gradient by x is a convolution with the kernel turned around. jax's own rule
     says the same in another layout, for which XLA:CPU has no fast code inside a loop: classifier
@@ -123,26 +123,36 @@ def _by_kernel_over_rows(x: Array, g: Array, *, kernel: jax.ShapeDtypeStruct, pa
 _padded.defvjp(_convolve_forward, _convolve_backward)
 
 
-def on_cpu(form: Callable, elsewhere: Callable) -> Callable[[Array, Array], Array]:
+def on_cpu(form: Callable, elsewhere: Callable, x: Array, kernel: Array) -> Array:
     """Of two functions (x, kernel) -> y that say the same, the one for the platform.
 
-    It is chosen when a program is lowered. The gradient is of the same form; nothing but x and the
-    kernel is kept for it, whatever either would have kept. Reverse mode only.
+    It is chosen when a program is lowered. The gradient is of the same form; jax keeps nothing but
+    x and the kernel for it, whatever either would have kept, and works out the rest again. A CPU's
+    form may read x, and the gradient, several times: both are computed once. Reverse mode only.
     """
+    return _either(once.settled(x), kernel, form, elsewhere)
 
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _either(x: Array, kernel: Array, form: Callable, elsewhere: Callable) -> Array:
+    return jax.lax.platform_dependent(x, kernel, cpu=form, default=elsewhere)
+
+
+def _either_forward(x: Array, kernel: Array, form: Callable, elsewhere: Callable):
+    return _either(x, kernel, form, elsewhere), (x, kernel)
+
+
+def _either_backward(
+    form: Callable, elsewhere: Callable, saved: tuple[Array, Array], g: Array
+) -> tuple[Array, Array]:
     def pull(function):
         return lambda x, kernel, g: jax.vjp(function, x, kernel)[1](g)
 
-    @jax.custom_vjp
-    def either(x: Array, kernel: Array) -> Array:
-        return jax.lax.platform_dependent(x, kernel, cpu=form, default=elsewhere)
+    g = once.once(g)
+    return jax.lax.platform_dependent(*saved, g, cpu=pull(form), default=pull(elsewhere))
 
-    def backward(saved: tuple[Array, Array], g: Array):
-        g = once.once(g)
-        return jax.lax.platform_dependent(*saved, g, cpu=pull(form), default=pull(elsewhere))
 
-    either.defvjp(lambda x, kernel: (either(x, kernel), (x, kernel)), backward)
-    return lambda x, kernel: either(once.settled(x), kernel)
+_either.defvjp(_either_forward, _either_backward)
 
 
 def _multiply(x: Array, kernel: Array):

@@ -67,4 +67,4 @@ def convolve(x: Array, kernel: Array) -> Array:
     Equal to rounding on all platforms. Only a CPU takes the kernel apart, where it was measured;
     other programs are those of the published network.
     """
-    return affine.on_cpu(_by_parity, _of_doubled)(x, kernel)
+    return affine.on_cpu(_by_parity, _of_doubled, x, kernel)

@@ -18,7 +18,8 @@ from cfg_jax.types import Array, Cond, UsageError
 
 def _is_product(primitive, *_, name=None, **__) -> bool:
     """A convolution goes by its name, as its form is not the same on all platforms."""
-    return primitive.name == "dot_general" or name == layers.CONVOLVED
+    named = primitive.name == "name" and name == layers.CONVOLVED
+    return named or primitive.name == "dot_general"
 
 
 # What the gradient keeps of a block; it computes the rest again, from the block's input.
