@@ -148,6 +148,7 @@ class Theirs:
     def prepare(self) -> dict:
         """The first call, and the memory of later ones."""
         first = self.run(1)
+        memory.fill_holes()  # as ours does, once it has compiled
         again = self.run(1)
         turns.reset_peak()
         self.run(2)

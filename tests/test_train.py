@@ -67,6 +67,7 @@ def test_a_cpu_is_split_into_devices_that_divide_the_batch(
 ):
     asked = {}
     monkeypatch.setattr(memory, "keep", lambda: None)
+    monkeypatch.setattr(meshes, "_fill_holes_after_compiling", lambda: None)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
     monkeypatch.setattr(
         jax,

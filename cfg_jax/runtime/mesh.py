@@ -2,6 +2,7 @@
 where.
 """
 
+import functools
 import os
 import signal
 import threading
@@ -18,6 +19,8 @@ from cfg_jax.runtime import memory
 from cfg_jax.types import UsageError
 
 BATCH_AXES = ("data", "fsdp")
+_COMPILED = "/jax/core/compile/backend_compile_duration"  # jax's event, with its seconds
+_LONG = 5.0  # a compilation that leaves enough behind to be cleared away
 
 
 # Of Google's TPUs v2 to 7x on the PCI bus; its network cards have the same vendor.
@@ -95,12 +98,13 @@ def split_cpu(batch_size: int, at_most: int | None = None) -> None:
     XLA shares a convolution badly among the threads of a device, so this is also what makes a CPU
     fast, but for steps whose devices meet too often (`Experiment.cpu_devices`).
     Devices stay as they are where they were chosen already, or once jax has started; other backends
-    ignore it. Where there is nothing but a CPU, the process also keeps the memory that it frees:
-    `memory.keep`.
+    ignore it. Where there is nothing but a CPU, the process also keeps the memory that it frees
+    (`memory.keep`), but for what a long compilation leaves (`memory.fill_holes`).
     """
     platforms = jax.config.jax_platforms
     if platforms == "cpu" if platforms else not (_has_tpu() or epath.Path("/dev/nvidia0").exists()):
         memory.keep()
+        _fill_holes_after_compiling()
     if jax.config.jax_num_cpu_devices > 0 or "host_platform_device_count" in os.environ.get(
         "XLA_FLAGS", ""
     ):
@@ -118,6 +122,15 @@ def split_cpu(batch_size: int, at_most: int | None = None) -> None:
         jax.config.update("jax_num_cpu_devices", devices)
     except RuntimeError:  # the backend is up: a notebook, say, that has used jax already
         return
+
+
+@functools.cache  # a process listens once
+def _fill_holes_after_compiling() -> None:
+    def compiled(event: str, seconds: float, **_) -> None:
+        if event == _COMPILED and seconds > _LONG:
+            memory.fill_holes()
+
+    jax.monitoring.register_event_duration_secs_listener(compiled)
 
 
 def compiler_options(mesh: Mesh) -> dict[str, str] | None:

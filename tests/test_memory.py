@@ -1,0 +1,91 @@
+"""What becomes of freed memory, each in a process of its own: the settings last as long as one."""
+
+import ctypes
+import subprocess
+import sys
+
+import pytest
+
+glibc = sys.platform.startswith("linux") and hasattr(ctypes.CDLL(None), "mallinfo2")
+needs_glibc = pytest.mark.skipif(not glibc, reason="NOT TESTED: the allocator is not glibc's")
+
+
+def told(code: str) -> str:
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr[-2000:]
+    return process.stdout
+
+
+# `held` is a row of pieces, every other one freed, with nothing free beyond them.
+ROW = """
+import ctypes
+from pathlib import Path
+from cfg_jax.runtime import memory
+
+def resident():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:")) / 1024
+
+libc = memory._glibc()
+def piece(size):
+    address = libc.malloc(size)
+    ctypes.memset(address, 1, size)
+    return address
+
+memory.keep()
+fixed = [piece(4000)]
+"""
+
+
+@needs_glibc
+def test_what_is_freed_stays_with_the_process():
+    code = f"{ROW}\nbig = piece(64 << 20); libc.free(big); print(resident() > 64)"
+    assert told(code) == "True\n"
+
+
+@needs_glibc
+@pytest.mark.parametrize("size", [500, 100_000, 900_000])
+def test_holes_are_filled_for_good(size):
+    """And their pages given back, but not what is small beside a page."""
+    code = f"""{ROW}
+size, count = {size}, 64_000_000 // {size}
+pieces = [piece(size) for _ in range(count)]
+for address in pieces[::2]:
+    libc.free(address)
+inside = lambda address: min(pieces) <= address <= max(pieces)
+again = piece(size)
+assert inside(again), "not a hole, or no search finds it"
+libc.free(again)
+before = resident()
+memory.fill_holes()
+print(before - resident() > 25, [inside(piece(size)) for _ in range(3)])
+"""
+    assert told(code) == f"{size > 5000} [False, False, False]\n"
+
+
+@needs_glibc
+def test_what_is_large_stays_free():
+    code = f"""{ROW}
+big = piece(64 << 20)
+fixed.append(piece(4000))
+libc.free(big)
+memory.fill_holes()
+print(big <= piece(63 << 20) < big + (1 << 20))
+"""
+    assert told(code) == "True\n"
+
+
+def test_a_long_compilation_is_followed_by_it():
+    code = """
+import jax
+import numpy as np
+from cfg_jax.runtime import memory
+from cfg_jax.runtime import mesh as meshes
+jax.config.update("jax_platforms", "cpu")
+memory.fill_holes = lambda: print("filled")
+for _ in range(2):
+    meshes.split_cpu(8)
+for meshes._LONG in (1e9, 0):
+    jax.jit(lambda x: x + meshes._LONG)(np.ones(3, np.float32))
+"""
+    assert told(code) == "filled\n"
