@@ -17,11 +17,14 @@ _SMALL = 128
 
 
 class _Mallinfo2(ctypes.Structure):
-    """What <malloc.h> calls so; `keepcost` is free at the upper end of the pool."""
+    """`struct mallinfo2` of <malloc.h>. Its `keepcost` bytes are free at the pool's upper end."""
 
     _fields_ = tuple(
         (name, ctypes.c_size_t)
-        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+        )
     )
 
 
