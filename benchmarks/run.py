@@ -10,6 +10,8 @@ faster of the two is the opponent. What makes the ratio honest:
 - One set of parameters, and outputs, gradients and the parameters after one update are compared
   before anything is timed: the run fails where they differ.
 - Both are pinned to the same cores, in float32, from the same numpy rows, to the end of the work.
+- Both have the C library's allocator keep what is freed, and fill the holes that compiling left
+  (`cfg_jax.runtime.memory`).
 - Each side is a process of its own, blocked on its input while another is measured: in one
   process the pools of threads of two libraries spin against each other, and share an allocator and
   a peak of memory. The CPU time that the others use in a side's turns is measured, and reported.

@@ -189,6 +189,7 @@ class Theirs:
             if tensors:
                 raise ValueError(f"{what}: {sorted(tensors)} are not among ours")
             errors[what] = _errors(*(np.concatenate(side) for side in zip(*pairs)))
+        memory.fill_holes()  # this may have compiled too
         return errors
 
     def peak(self) -> float:

@@ -206,7 +206,8 @@ def load(
 
     `load` changes the process, as the jobs do: jax gets up to one CPU device a core, unless it has
     started or their number was chosen; and where there is nothing but a CPU, on Linux with glibc,
-    the C library's allocator keeps what is freed, so that the process never shrinks again.
+    the C library's allocator keeps what is freed, so that the process shrinks no more but after
+    jax took over five seconds to compile something, when what is free goes to the system.
     """
     if classifier and weak:
         raise UsageError("classifier and weak: one of them guides, not both.")

@@ -16,7 +16,7 @@ def told(code: str) -> str:
     return process.stdout
 
 
-# `held` is a row of pieces, every other one freed, with nothing free beyond them.
+# A piece of a MiB lies beyond all holes that a fresh process has: what is freed before it is one.
 ROW = """
 import ctypes
 from pathlib import Path
@@ -33,7 +33,7 @@ def piece(size):
     return address
 
 memory.keep()
-fixed = [piece(4000)]
+fixed = [piece(1 << 20)]
 """
 
 
@@ -50,6 +50,7 @@ def test_holes_are_filled_for_good(size):
     code = f"""{ROW}
 size, count = {size}, 64_000_000 // {size}
 pieces = [piece(size) for _ in range(count)]
+fixed.append(piece(1 << 20))
 for address in pieces[::2]:
     libc.free(address)
 inside = lambda address: min(pieces) <= address <= max(pieces)
@@ -64,10 +65,10 @@ print(before - resident() > 25, [inside(piece(size)) for _ in range(3)])
 
 
 @needs_glibc
-def test_what_is_large_stays_free():
+def test_whole_mebibytes_stay_free():
     code = f"""{ROW}
 big = piece(64 << 20)
-fixed.append(piece(4000))
+fixed.append(piece(1 << 20))
 libc.free(big)
 memory.fill_holes()
 print(big <= piece(63 << 20) < big + (1 << 20))
@@ -75,17 +76,32 @@ print(big <= piece(63 << 20) < big + (1 << 20))
     assert told(code) == "True\n"
 
 
-def test_a_long_compilation_is_followed_by_it():
+def test_a_long_compilation_on_a_cpu_is_followed_by_it():
     code = """
 import jax
 import numpy as np
 from cfg_jax.runtime import memory
 from cfg_jax.runtime import mesh as meshes
 jax.config.update("jax_platforms", "cpu")
-memory.fill_holes = lambda: print("filled")
+filled = []
+memory.fill_holes = lambda: filled.append(0)
 for _ in range(2):
     meshes.split_cpu(8)
-for meshes._LONG in (1e9, 0):
-    jax.jit(lambda x: x + meshes._LONG)(np.ones(3, np.float32))
+told = []
+def compiled(seconds=None):
+    filled.clear()
+    if seconds is None:
+        jax.jit(lambda x: x + 1)(np.ones(3, np.float32))
+    else:
+        jax.monitoring.record_event_duration_secs(meshes._COMPILED, seconds)
+    told.append(len(filled))
+compiled(meshes._LONG - 1)
+compiled(meshes._LONG + 1)
+meshes._LONG = 0
+compiled()  # the event has the name that jax gives it
+told[-1] = told[-1] > 0
+jax.default_backend = lambda: "gpu"
+compiled(10)
+print(told)
 """
-    assert told(code) == "filled\n"
+    assert told(code) == "[0, 1, True, 0]\n"

@@ -1,6 +1,6 @@
 """The C library's allocator, set for programs that ask for much at once, again and again.
 
-Without effect but on Linux with glibc (2.33 or later).
+Without effect but on Linux with glibc.
 """
 
 import ctypes
@@ -12,12 +12,12 @@ _OPTIONS = (
     (-4, 0),  # M_MMAP_MAX
     (-1, -1),  # M_TRIM_THRESHOLD: none
 )
-_LARGE = 1 << 20  # bytes: there are few pieces as large as this, and a program's temporaries fit
+_LARGE = 1 << 20  # bytes: there are few holes as large as this, and temporaries may fit into them
 _SMALL = 128
 
 
 class _Mallinfo2(ctypes.Structure):
-    """`struct mallinfo2` of <malloc.h>. Its `keepcost` bytes are free at the pool's upper end."""
+    """`struct mallinfo2` of <malloc.h>: fordblks bytes are free, keepcost of them at the end."""
 
     _fields_ = tuple(
         (name, ctypes.c_size_t)
@@ -29,17 +29,20 @@ class _Mallinfo2(ctypes.Structure):
 
 
 def _glibc() -> ctypes.CDLL | None:
-    """The allocator's functions, with their types."""
+    """glibc's own functions, whatever allocator is preloaded, with their types."""
     if not sys.platform.startswith("linux"):
         return None
-    libc = ctypes.CDLL(None)
-    if not hasattr(libc, "mallinfo2"):
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+    except OSError:
         return None
-    libc.mallinfo2.restype = _Mallinfo2
-    libc.sbrk.argtypes, libc.sbrk.restype = [ctypes.c_ssize_t], ctypes.c_void_p
-    libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
-    libc.free.argtypes, libc.free.restype = [ctypes.c_void_p], None
-    libc.malloc_trim.argtypes = [ctypes.c_size_t]
+    pointer, size = ctypes.c_void_p, ctypes.c_size_t
+    libc.malloc.argtypes, libc.malloc.restype = [size], pointer
+    libc.free.argtypes, libc.free.restype = [pointer], None
+    libc.malloc_trim.argtypes = [size]
+    libc.sbrk.argtypes, libc.sbrk.restype = [ctypes.c_ssize_t], pointer
+    if hasattr(libc, "mallinfo2"):  # from 2.33
+        libc.mallinfo2.restype = _Mallinfo2
     return libc
 
 
@@ -57,31 +60,30 @@ def keep() -> None:
 
 
 def fill_holes() -> None:
-    """Takes what is free in pieces of less than a MiB, for good. To be called after `keep`.
+    """Takes what is free in small holes, for good. To be called after `keep`.
 
     A compiler leaves the pool in a hundred thousand pieces. Free ones of similar sizes are in one
     list by size, along which glibc goes whenever one is taken or put back: tens of microseconds,
     ten thousand times in a step. So later calls are given whole what the holes would give them in
-    pieces. The holes' pages go back to the system, and only their addresses are lost.
+    pieces. Of a hole of a MiB or more the whole MiB stay free. All pages that are free go to the
+    system first; what is lost is addresses, and a page's share where a hole is none. Needs glibc
+    2.33.
     """
     libc = _glibc()
-    if libc is None:
+    if libc is None or not hasattr(libc, "mallinfo2"):
         return
     libc.malloc_trim(0)
-    end = libc.sbrk(0) - libc.mallinfo2().keepcost
-
-    def take(size: int) -> list[int]:
-        """Pieces of `size` bytes until there is no hole for one."""
-        pieces = []
-        while (piece := libc.malloc(size)) and piece < end:
-            pieces.append(piece)
-        libc.free(piece)
-        return pieces
-
-    large = take(_LARGE)
-    size = _LARGE
-    while size > _SMALL:
-        size = max(_SMALL, size * 5 // 6)
-        take(size)
+    info = libc.mallinfo2()
+    end, room = libc.sbrk(0) - info.keepcost, info.fordblks - info.keepcost
+    large, size = [], _LARGE
+    while size >= _SMALL:
+        while room > 0 and (piece := libc.malloc(size)):
+            if piece >= end:  # no hole has room for it
+                libc.free(piece)
+                break
+            room -= size
+            if size == _LARGE:
+                large.append(piece)
+        size = size * 5 // 6
     for piece in large:
         libc.free(piece)

@@ -20,7 +20,7 @@ from cfg_jax.types import UsageError
 
 BATCH_AXES = ("data", "fsdp")
 _COMPILED = "/jax/core/compile/backend_compile_duration"  # jax's event, with its seconds
-_LONG = 5.0  # a compilation that leaves enough behind to be cleared away
+_LONG = 5.0  # seconds: beside a compilation of so many, filling holes costs little
 
 
 # Of Google's TPUs v2 to 7x on the PCI bus; its network cards have the same vendor.
@@ -127,7 +127,7 @@ def split_cpu(batch_size: int, at_most: int | None = None) -> None:
 @functools.cache  # a process listens once
 def _fill_holes_after_compiling() -> None:
     def compiled(event: str, seconds: float, **_) -> None:
-        if event == _COMPILED and seconds > _LONG:
+        if event == _COMPILED and seconds > _LONG and jax.default_backend() == "cpu":
             memory.fill_holes()
 
     jax.monitoring.register_event_duration_secs_listener(compiled)
