@@ -66,8 +66,7 @@ def fill_holes() -> None:
     list by size, along which glibc goes whenever one is taken or put back: tens of microseconds,
     ten thousand times in a step. So later calls are given whole what the holes would give them in
     pieces. Of a hole of a MiB or more the whole MiB stay free. All pages that are free go to the
-    system first; what is lost is addresses, and a page's share where a hole is none. Needs glibc
-    2.33.
+    system first, so what is lost are addresses and the holes of less than a page. Needs glibc 2.33.
     """
     libc = _glibc()
     if libc is None or not hasattr(libc, "mallinfo2"):
