@@ -65,6 +65,24 @@ print(before - resident() > 25, [inside(piece(size)) for _ in range(3)])
 
 
 @needs_glibc
+def test_not_without_end():
+    """A notebook compiles all day."""
+    code = f"""{ROW}
+memory._MOST = 15_000_000
+for filled in range(3):
+    pieces = [piece(100_000) for _ in range(200)]
+    fixed.append(piece(1 << 20))
+    for address in pieces[::2]:
+        libc.free(address)
+    memory.fill_holes()
+    print(min(pieces) <= piece(90_000) <= max(pieces), memory._taken // 1_000_000)
+"""
+    first, second, third = (line.split() for line in told(code).splitlines())
+    assert first[0] == "False" and third[0] == "True"
+    assert int(first[1]) < int(second[1]) == int(third[1]) == 15
+
+
+@needs_glibc
 def test_whole_mebibytes_stay_free():
     code = f"""{ROW}
 big = piece(64 << 20)

@@ -14,6 +14,8 @@ _OPTIONS = (
 )
 _LARGE = 1 << 20  # bytes: there are few holes as large as this, and temporaries may fit into them
 _SMALL = 128
+_MOST = 4 << 30  # what may be taken in all, a third of it resident
+_taken = 0
 
 
 class _Mallinfo2(ctypes.Structure):
@@ -66,8 +68,10 @@ def fill_holes() -> None:
     list by size, along which glibc goes whenever one is taken or put back: tens of microseconds,
     ten thousand times in a step. So later calls are given whole what the holes would give them in
     pieces. Of a hole of a MiB or more the whole MiB stay free. All pages that are free go to the
-    system first, so what is lost are addresses and the holes of less than a page. Needs glibc 2.33.
+    system first, so what is lost are addresses and the holes of less than a page: 4 GiB of
+    addresses at most in a process's life, as it may compile again and again. Needs glibc 2.33.
     """
+    global _taken
     libc = _glibc()
     if libc is None or not hasattr(libc, "mallinfo2"):
         return
@@ -76,13 +80,15 @@ def fill_holes() -> None:
     end, room = libc.sbrk(0) - info.keepcost, info.fordblks - info.keepcost
     large, size = [], _LARGE
     while size >= _SMALL:
-        while room > 0 and (piece := libc.malloc(size)):
+        while room > 0 and _taken < _MOST and (piece := libc.malloc(size)):
             if piece >= end:  # no hole has room for it
                 libc.free(piece)
                 break
             room -= size
             if size == _LARGE:
                 large.append(piece)
+            else:
+                _taken += size
         size = size * 5 // 6
     for piece in large:
         libc.free(piece)
