@@ -1,13 +1,16 @@
 """What becomes of freed memory, each in a process of its own: the settings last as long as one."""
 
-import ctypes
 import subprocess
 import sys
 
 import pytest
 
-glibc = sys.platform.startswith("linux") and hasattr(ctypes.CDLL(None), "mallinfo2")
-needs_glibc = pytest.mark.skipif(not glibc, reason="NOT TESTED: the allocator is not glibc's")
+from cfg_jax.runtime import memory
+
+needs_glibc = pytest.mark.skipif(
+    not hasattr(memory._glibc(), "mallinfo2"),
+    reason="NOT TESTED: what becomes of freed memory. It needs Linux with glibc 2.33 or later",
+)
 
 
 def told(code: str) -> str:
