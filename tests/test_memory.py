@@ -97,6 +97,21 @@ print(big <= piece(63 << 20) < big + (1 << 20))
     assert told(code) == "True\n"
 
 
+@needs_glibc
+def test_no_more_than_is_free_is_taken():
+    """Where mapped memory lies below the pool, no address tells that there are no more holes."""
+    code = f"""{ROW}
+import resource
+resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
+libc.sbrk = lambda _: 1 << 60
+memory._glibc = lambda: libc
+before = libc.mallinfo2().arena
+memory.fill_holes()
+print(libc.mallinfo2().arena - before < 32 << 20)
+"""
+    assert told(code) == "True\n"
+
+
 def test_a_long_compilation_on_a_cpu_is_followed_by_it():
     code = """
 import jax
